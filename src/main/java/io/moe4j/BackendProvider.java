@@ -1,0 +1,33 @@
+package io.moe4j;
+
+import java.util.List;
+
+/**
+ * A backend, found by {@link java.util.ServiceLoader}. A provider must be cheap to construct and
+ * must load no native code before {@link #availability} is asked.
+ */
+public interface BackendProvider {
+    /** {@code cpu} or {@code cuda}. */
+    String name();
+
+    /** Backend {@code auto} takes the usable provider with the highest preference. */
+    int preference();
+
+    /** Whether this machine can run the backend, and why or why not. Never throws. */
+    Availability availability();
+
+    /** What a layer with this configuration would allocate; allocates nothing. */
+    MemoryPlan plan(MoeConfig config);
+
+    /** Opens a layer; called only if available. */
+    MoeLayer open(MoeConfig config, String reason);
+
+    /**
+     * Whether a backend can run here.
+     *
+     * @param usable true if it can
+     * @param reason one line: what it runs on, or what is missing
+     * @param details further lines for {@code moe4j info}
+     */
+    record Availability(boolean usable, String reason, List<String> details) {}
+}

@@ -1,0 +1,94 @@
+package io.moe4j;
+
+import java.util.ArrayList;
+import java.util.Comparator;
+import java.util.List;
+import java.util.OptionalInt;
+import java.util.ServiceLoader;
+
+/**
+ * The entry point: finds the backends, picks one and says why. Stateless and thread-safe. Using the
+ * CPU backend loads no class of a GPU library.
+ */
+public final class Moe {
+    private static final System.Logger LOG = System.getLogger("io.moe4j");
+
+    private Moe() {}
+
+    /**
+     * Opens a layer. Nothing is allocated until {@link MoeLayer#prepare}.
+     *
+     * @param config with weights
+     * @throws IllegalArgumentException if the configuration has no weights
+     * @throws BackendUnavailableException if the backend asked for cannot run here; the message
+     *     says what is missing
+     */
+    public static MoeLayer open(MoeConfig config) {
+        if (config.weights() == null) {
+            throw new IllegalArgumentException(
+                    "weights are missing: set weights(...), from a checkpoint or RandomWeights");
+        }
+        Choice choice = choose(config.backend());
+        LOG.log(System.Logger.Level.INFO, choice.reason());
+        return choice.provider().open(config, choice.reason());
+    }
+
+    /** What {@link #open} and prepare would allocate; needs no weights and allocates nothing. */
+    public static MemoryPlan plan(MoeConfig config) {
+        return choose(config.backend()).provider().plan(config);
+    }
+
+    /** The largest M whose plan fits the budget; empty if not even one token does. */
+    public static OptionalInt largestMaxTokensPerRank(MoeConfig config, long budgetBytes) {
+        BackendProvider provider = choose(config.backend()).provider();
+        return MemoryPlan.largestMaxTokensPerRank(
+                m -> provider.plan(config.toBuilder().maxTokensPerRank(m).build()), budgetBytes);
+    }
+
+    /** All backends this build knows, the preferred first. */
+    public static List<BackendProvider> backends() {
+        List<BackendProvider> providers = new ArrayList<>();
+        ServiceLoader.load(BackendProvider.class, Moe.class.getClassLoader())
+                .forEach(providers::add);
+        providers.sort(Comparator.comparingInt(BackendProvider::preference).reversed());
+        return providers;
+    }
+
+    /**
+     * The backend that {@code auto}, {@code cpu} or {@code cuda} stands for on this machine.
+     *
+     * @throws BackendUnavailableException if the one named cannot run here
+     */
+    public static Choice choose(String backend) {
+        List<String> passedOver = new ArrayList<>();
+        for (BackendProvider provider : backends()) {
+            if (!backend.equals("auto") && !backend.equals(provider.name())) {
+                continue;
+            }
+            BackendProvider.Availability availability = provider.availability();
+            if (availability.usable()) {
+                String reason = provider.name() + " backend: " + availability.reason();
+                if (!passedOver.isEmpty()) {
+                    reason += " (" + String.join("; ", passedOver) + ")";
+                }
+                return new Choice(provider, reason);
+            }
+            passedOver.add("not " + provider.name() + ": " + availability.reason());
+        }
+        throw new BackendUnavailableException(
+                passedOver.isEmpty()
+                        ? "no backend named " + backend + " in this build"
+                        : "backend "
+                                + backend
+                                + " is not usable: "
+                                + String.join("; ", passedOver));
+    }
+
+    /**
+     * A backend and why it was chosen.
+     *
+     * @param provider the backend
+     * @param reason one line
+     */
+    public record Choice(BackendProvider provider, String reason) {}
+}

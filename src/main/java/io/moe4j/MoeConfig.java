@@ -1,0 +1,269 @@
+package io.moe4j;
+
+import io.moe4j.model.Activation;
+import io.moe4j.model.LayerWeights;
+import io.moe4j.model.MoeShape;
+import io.moe4j.model.RoutingRule;
+import io.moe4j.tensor.DType;
+import java.util.Locale;
+
+/**
+ * Everything that is fixed when a layer opens. Immutable; made by {@link #builder()} (or prefilled
+ * by a checkpoint), validated as a whole before anything is allocated.
+ *
+ * @param shape the layer's sizes
+ * @param rule routing rule, used unless {@code routingInput} is TOPK
+ * @param activation between the expert projections
+ * @param expertBias whether the routed experts have biases
+ * @param ranks R, expert-parallel ranks; in one process they are virtual ranks
+ * @param maxTokensPerRank M, the most tokens one rank may bring to a step
+ * @param hiddenDType type of the hidden states: F32, F16 or BF16
+ * @param outDType type of the output: {@code hiddenDType} or F32
+ * @param routingInput what the caller supplies
+ * @param sharedExpert whether to add the shared expert's output, if the layer has one
+ * @param backend {@code auto}, {@code cpu} or {@code cuda}
+ * @param threads CPU backend: worker threads
+ * @param weights where the weights come from; null for planning only
+ */
+public record MoeConfig(
+        MoeShape shape,
+        RoutingRule rule,
+        Activation activation,
+        boolean expertBias,
+        int ranks,
+        int maxTokensPerRank,
+        DType hiddenDType,
+        DType outDType,
+        RoutingInput routingInput,
+        boolean sharedExpert,
+        String backend,
+        int threads,
+        LayerWeights weights) {
+    /** Most ranks in one group. */
+    public static final int MAX_RANKS = 64;
+
+    /** Checks all fields together; the message names field, value and cure. */
+    public MoeConfig {
+        require(shape != null, "shape is missing: set shape(...) or weights(...)");
+        require(activation != null, "activation is missing: use Activation.swiGlu()");
+        require(
+                ranks >= 1 && ranks <= MAX_RANKS,
+                "ranks=" + ranks + " is outside 1.." + MAX_RANKS + ": choose the EP group size");
+        require(
+                maxTokensPerRank >= 1,
+                "maxTokensPerRank="
+                        + maxTokensPerRank
+                        + " is not positive: give the largest batch of one rank");
+        require(
+                (long) maxTokensPerRank * shape.hidden() <= Integer.MAX_VALUE - 64L,
+                "maxTokensPerRank="
+                        + maxTokensPerRank
+                        + " times hidden="
+                        + shape.hidden()
+                        + " exceeds 2^31 elements per source rank: lower maxTokensPerRank");
+        require(
+                hiddenDType != null && hiddenDType.isActivation(),
+                "hiddenDType=" + hiddenDType + " is not one of F32, F16, BF16");
+        require(
+                outDType == hiddenDType || outDType == DType.F32,
+                "outDType=" + outDType + " must be hiddenDType=" + hiddenDType + " or F32");
+        require(routingInput != null, "routingInput is missing: TOPK, LOGITS or HIDDEN");
+        if (routingInput != RoutingInput.TOPK) {
+            require(
+                    rule != null,
+                    "rule is missing: routingInput=" + routingInput + " needs a RoutingRule");
+            rule.validate(shape);
+        }
+        require(
+                backend.equals("auto") || backend.equals("cpu") || backend.equals("cuda"),
+                "backend=" + backend + " is unknown: use auto, cpu or cuda");
+        require(threads >= 1, "threads=" + threads + " is not positive");
+        if (weights != null) {
+            require(
+                    weights.shape().equals(shape),
+                    "shape=" + shape + " differs from the weights' " + weights.shape());
+            require(
+                    weights.hasBias() == expertBias,
+                    "expertBias=" + expertBias + " but the weights say " + weights.hasBias());
+            require(
+                    routingInput != RoutingInput.HIDDEN || weights.router() != null,
+                    "routingInput=HIDDEN needs router weights, which "
+                            + weights.description()
+                            + " lacks: use LOGITS or TOPK");
+        }
+    }
+
+    /** A builder with the defaults: one rank, BF16 in, F32 out, TOPK input, backend auto. */
+    public static Builder builder() {
+        return new Builder();
+    }
+
+    /** A builder that starts from this configuration. */
+    public Builder toBuilder() {
+        Builder builder = new Builder();
+        builder.shape = shape;
+        builder.rule = rule;
+        builder.activation = activation;
+        builder.expertBias = expertBias;
+        builder.ranks = ranks;
+        builder.maxTokensPerRank = maxTokensPerRank;
+        builder.hiddenDType = hiddenDType;
+        builder.outDType = outDType;
+        builder.routingInput = routingInput;
+        builder.sharedExpert = sharedExpert;
+        builder.backend = backend;
+        builder.threads = threads;
+        builder.weights = weights;
+        return builder;
+    }
+
+    /** L, experts one rank holds at most: ceil(E / R). The last ranks may hold fewer. */
+    public int expertsPerRank() {
+        return (shape.experts() + ranks - 1) / ranks;
+    }
+
+    /** The rank that holds an expert: e / L. */
+    public int rankOf(int expert) {
+        return expert / expertsPerRank();
+    }
+
+    /** Number of experts that {@code rank} holds. */
+    public int expertsOn(int rank) {
+        int first = Math.min(shape.experts(), rank * expertsPerRank());
+        return Math.min(shape.experts(), first + expertsPerRank()) - first;
+    }
+
+    /** Whether a step computes the shared expert. */
+    public boolean usesSharedExpert() {
+        return sharedExpert && shape.sharedIntermediate() > 0;
+    }
+
+    private static void require(boolean condition, String message) {
+        if (!condition) {
+            throw new IllegalArgumentException(message);
+        }
+    }
+
+    /** Collects the fields; {@link #build()} validates them. Not thread-safe. */
+    public static final class Builder {
+        private MoeShape shape;
+        private RoutingRule rule;
+        private Activation activation = Activation.swiGlu();
+        private boolean expertBias;
+        private int ranks = 1;
+        private int maxTokensPerRank = 128;
+        private DType hiddenDType = DType.BF16;
+        private DType outDType;
+        private RoutingInput routingInput = RoutingInput.TOPK;
+        private boolean sharedExpert = true;
+        private String backend = "auto";
+        private int threads = Runtime.getRuntime().availableProcessors();
+        private LayerWeights weights;
+
+        private Builder() {}
+
+        /** The layer's sizes. */
+        public Builder shape(MoeShape value) {
+            shape = value;
+            return this;
+        }
+
+        /** Takes shape and biases from the weights as well. */
+        public Builder weights(LayerWeights value) {
+            weights = value;
+            if (value != null) {
+                shape = value.shape();
+                expertBias = value.hasBias();
+            }
+            return this;
+        }
+
+        /** The routing rule; needed unless the caller gives ids and weights. */
+        public Builder rule(RoutingRule value) {
+            rule = value;
+            return this;
+        }
+
+        /** The activation; SwiGLU if not set. */
+        public Builder activation(Activation value) {
+            activation = value;
+            return this;
+        }
+
+        /** For planning without weights: whether the routed experts have biases. */
+        public Builder expertBias(boolean value) {
+            expertBias = value;
+            return this;
+        }
+
+        /** R; 1 if not set. */
+        public Builder ranks(int value) {
+            ranks = value;
+            return this;
+        }
+
+        /** M; 128 if not set. */
+        public Builder maxTokensPerRank(int value) {
+            maxTokensPerRank = value;
+            return this;
+        }
+
+        /** Type of the hidden states; BF16 if not set. */
+        public Builder hiddenDType(DType value) {
+            hiddenDType = value;
+            return this;
+        }
+
+        /** Type of the output; F32 if not set. */
+        public Builder outDType(DType value) {
+            outDType = value;
+            return this;
+        }
+
+        /** What the caller supplies; TOPK if not set. */
+        public Builder routingInput(RoutingInput value) {
+            routingInput = value;
+            return this;
+        }
+
+        /** Whether to add the shared expert's output; true if not set. */
+        public Builder sharedExpert(boolean value) {
+            sharedExpert = value;
+            return this;
+        }
+
+        /** {@code auto} (a usable GPU, else the CPU), {@code cpu} or {@code cuda}. */
+        public Builder backend(String value) {
+            backend = value == null ? "auto" : value.toLowerCase(Locale.ROOT);
+            return this;
+        }
+
+        /** CPU backend: worker threads; all processors if not set. */
+        public Builder threads(int value) {
+            threads = value;
+            return this;
+        }
+
+        /**
+         * Validates and returns the configuration.
+         *
+         * @throws IllegalArgumentException naming field, value and cure
+         */
+        public MoeConfig build() {
+            return new MoeConfig(
+                    shape,
+                    rule,
+                    activation,
+                    expertBias,
+                    ranks,
+                    maxTokensPerRank,
+                    hiddenDType,
+                    outDType == null ? DType.F32 : outDType,
+                    routingInput,
+                    sharedExpert,
+                    backend,
+                    threads,
+                    weights);
+        }
+    }
+}

@@ -1,0 +1,13 @@
+package io.moe4j;
+
+/**
+ * A step that was enqueued did not produce a valid output; the message says what, where and when.
+ */
+public class MoeFaultException extends RuntimeException {
+    private static final long serialVersionUID = 1L;
+
+    /** A fault described by {@code message}. */
+    public MoeFaultException(String message) {
+        super(message);
+    }
+}

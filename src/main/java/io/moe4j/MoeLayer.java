@@ -1,0 +1,90 @@
+package io.moe4j;
+
+import java.util.List;
+
+/**
+ * One Mixture-of-Experts layer over R ranks, opened by {@link Moe#open}. The layer owns its
+ * workspace and its packed weights; the caller owns hidden states, routing, token counts and
+ * output.
+ *
+ * <p>Life cycle: {@link #plan} (nothing allocated yet) → {@link #prepare} (allocates everything) →
+ * {@link #bind} (validates the caller's memory) → {@link #enqueue}, any number of times → {@link
+ * #close}. One step at a time: steps of a layer are ordered by the stream they are enqueued on, and
+ * {@code enqueue} is called by one thread at a time. {@code close} may be called from any thread.
+ */
+public interface MoeLayer extends AutoCloseable {
+    /** The configuration the layer was opened with. */
+    MoeConfig config();
+
+    /** Name of the backend: {@code cpu} or {@code cuda}. */
+    String backend();
+
+    /** One line that says why this backend was chosen and what it runs on. */
+    String backendReason();
+
+    /** What {@link #prepare} allocates; available before it is called. */
+    MemoryPlan plan();
+
+    /**
+     * Allocates all buffers of the plan and packs the weights. Idempotent; takes as long as reading
+     * the weights takes.
+     *
+     * @throws IllegalStateException after close
+     * @throws OutOfMemoryError or a backend's own failure, with nothing left allocated
+     */
+    void prepare();
+
+    /** As {@link #prepare()}, reporting each expert as its weights are packed. */
+    void prepare(ProgressListener progress);
+
+    /**
+     * Validates the tensors of all local ranks and binds them to this layer.
+     *
+     * @param ranks one element per local rank, in rank order
+     * @throws IllegalArgumentException if the number of ranks, a dtype, a shape or the kind of
+     *     memory does not fit; names the tensor and the cure
+     * @throws IllegalStateException before prepare or after close
+     */
+    BoundStep bind(List<StepTensors> ranks);
+
+    /**
+     * Runs all phases of a step. On CUDA the call only enqueues work on {@code stream} and returns;
+     * on the CPU backend it computes and returns when the output is written.
+     *
+     * @param stream a CUstream handle the caller owns; 0 on the CPU backend
+     * @param step bound by this layer
+     * @throws IllegalStateException after close, before prepare, or while another step of this
+     *     layer is being enqueued
+     */
+    default void enqueue(long stream, BoundStep step) {
+        enqueue(stream, step, Phase.ROUTE, Phase.COMBINE_RECV);
+    }
+
+    /**
+     * Runs the phases from {@code first} to {@code last}, both included. A step's phases must be
+     * enqueued in order and completely before the next step begins.
+     *
+     * @throws IllegalStateException if {@code first} does not follow the phase enqueued last
+     */
+    void enqueue(long stream, BoundStep step, Phase first, Phase last);
+
+    /** Waits until everything enqueued on {@code stream} is done (debugging and tools only). */
+    void synchronize(long stream);
+
+    /** Counts of tolerated input; reads host memory only, never waits for a device. */
+    SoftCounters counters();
+
+    /**
+     * Throws if a step failed since the last call. Reads host memory only; it is not a sync.
+     *
+     * @throws MoeFaultException naming the operation, the rank and the epoch
+     */
+    void check();
+
+    /** Allocation and copies in the memory this layer's backend uses. */
+    BackendMemory memory();
+
+    /** Frees everything the layer owns. Idempotent; later calls of other methods throw. */
+    @Override
+    void close();
+}

@@ -1,0 +1,104 @@
+package io.moe4j;
+
+import io.moe4j.tensor.DType;
+import io.moe4j.tensor.Tensor;
+
+/**
+ * The memory one rank brings to a step. The caller owns it all and keeps it alive and in place for
+ * as long as steps (or graphs captured from them) may run. All tensors live in the backend's
+ * memory: host memory for the CPU backend, device memory for CUDA.
+ *
+ * @param hidden input, [M, H] of the layer's hidden type; rows from T on are never read
+ * @param tokenCount I32 [1]: T, read when the step runs; a value above M is clamped and counted,
+ *     below 0 it means 0
+ * @param topkIds I32 [M, K] expert ids, −1 for "none"; with TOPK input only, else null
+ * @param topkWeights F32 [M, K] weights of those ids; with TOPK input only, else null
+ * @param routerLogits F32 [M, E]; with LOGITS input only, else null
+ * @param out output, [M, H] of the layer's output type; rows from T on are never written
+ * @param accumulate true: {@code out += layer(hidden)}, the residual; false: {@code out =}
+ */
+public record StepTensors(
+        Tensor hidden,
+        Tensor tokenCount,
+        Tensor topkIds,
+        Tensor topkWeights,
+        Tensor routerLogits,
+        Tensor out,
+        boolean accumulate) {
+    /** Ids and weights by the caller. */
+    public static StepTensors topk(
+            Tensor out, Tensor hidden, Tensor topkIds, Tensor topkWeights, Tensor tokenCount) {
+        return new StepTensors(hidden, tokenCount, topkIds, topkWeights, null, out, false);
+    }
+
+    /** Router logits by the caller. */
+    public static StepTensors logits(
+            Tensor out, Tensor hidden, Tensor routerLogits, Tensor tokenCount) {
+        return new StepTensors(hidden, tokenCount, null, null, routerLogits, out, false);
+    }
+
+    /** Hidden states only: the layer routes by its own router. */
+    public static StepTensors hidden(Tensor out, Tensor hidden, Tensor tokenCount) {
+        return new StepTensors(hidden, tokenCount, null, null, null, out, false);
+    }
+
+    /** The same tensors with the result added to {@code out}. */
+    public StepTensors accumulating() {
+        return new StepTensors(hidden, tokenCount, topkIds, topkWeights, routerLogits, out, true);
+    }
+
+    /**
+     * Checks dtypes and shapes against a layer's configuration.
+     *
+     * @throws IllegalArgumentException naming the tensor, what it is and what is needed
+     */
+    public void validate(MoeConfig config) {
+        long m = config.maxTokensPerRank();
+        long h = config.shape().hidden();
+        long k = config.shape().topK();
+        require("hidden", hidden, config.hiddenDType(), m, h);
+        require("out", out, config.outDType(), m, h);
+        require("tokenCount", tokenCount, DType.I32, 1);
+        boolean topk = config.routingInput() == RoutingInput.TOPK;
+        boolean logits = config.routingInput() == RoutingInput.LOGITS;
+        requirePresence("topkIds", topkIds, topk, config.routingInput());
+        requirePresence("topkWeights", topkWeights, topk, config.routingInput());
+        requirePresence("routerLogits", routerLogits, logits, config.routingInput());
+        if (topk) {
+            require("topkIds", topkIds, DType.I32, m, k);
+            require("topkWeights", topkWeights, DType.F32, m, k);
+        }
+        if (logits) {
+            require("routerLogits", routerLogits, DType.F32, m, config.shape().experts());
+        }
+    }
+
+    private static void requirePresence(
+            String name, Tensor tensor, boolean wanted, RoutingInput input) {
+        if ((tensor != null) != wanted) {
+            throw new IllegalArgumentException(
+                    name
+                            + (wanted ? " is missing but" : " was given but")
+                            + " routingInput="
+                            + input
+                            + (wanted ? " needs it" : " does not use it")
+                            + ": use the matching StepTensors factory");
+        }
+    }
+
+    private static void require(String name, Tensor tensor, DType dtype, long... shape) {
+        if (tensor == null) {
+            throw new IllegalArgumentException(name + " is missing");
+        }
+        if (tensor.dtype() != dtype || !tensor.hasShape(shape)) {
+            throw new IllegalArgumentException(
+                    name
+                            + " is "
+                            + tensor
+                            + " but the layer needs "
+                            + dtype
+                            + java.util.Arrays.toString(shape)
+                            + ": size it by maxTokensPerRank, not by the batch");
+        }
+    }
+}
