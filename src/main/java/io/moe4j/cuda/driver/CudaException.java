@@ -1,0 +1,63 @@
+package io.moe4j.cuda.driver;
+
+/** A CUDA driver call failed; the message names the call, the error and what usually helps. */
+public class CudaException extends RuntimeException {
+    private static final long serialVersionUID = 1L;
+
+    private final Call call;
+    private final int code;
+    private final String name;
+    private final String hint;
+
+    /**
+     * A failure of {@code call}.
+     *
+     * @param detail what the call was about, such as a name or a size; may be empty
+     */
+    public CudaException(Call call, int code, String detail) {
+        super(message(call, code, detail));
+        this.call = call;
+        this.code = code;
+        this.name = CudaErrors.name(code);
+        this.hint = CudaErrors.hint(code);
+    }
+
+    /** The call that reported the error. After an asynchronous fault it need not be the cause. */
+    public Call call() {
+        return call;
+    }
+
+    /** The {@code CUresult}. */
+    public int code() {
+        return code;
+    }
+
+    /** The name of the {@code CUresult}. */
+    public String name() {
+        return name;
+    }
+
+    /** What usually causes this, or what to do about it; empty if there is nothing to add. */
+    public String hint() {
+        return hint;
+    }
+
+    /**
+     * Whether the context is lost: every later call in it fails in the same way, and only a new
+     * process gets a working one.
+     */
+    public boolean poisonsContext() {
+        return CudaErrors.poisonsContext(code);
+    }
+
+    private static String message(Call call, int code, String detail) {
+        String hint = CudaErrors.hint(code);
+        return call.symbol()
+                + (detail.isEmpty() ? "" : "(" + detail + ")")
+                + " failed: "
+                + code
+                + " "
+                + CudaErrors.name(code)
+                + (hint.isEmpty() ? "" : ": " + hint);
+    }
+}
