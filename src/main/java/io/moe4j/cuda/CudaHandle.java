@@ -1,0 +1,164 @@
+package io.moe4j.cuda;
+
+import io.moe4j.Phase;
+import io.moe4j.cuda.driver.Context;
+import io.moe4j.cuda.driver.DeviceBuffer;
+import io.moe4j.cuda.driver.PinnedBuffer;
+import io.moe4j.cuda.driver.Scope;
+import io.moe4j.cuda.layout.DeviceLayout;
+import io.moe4j.cuda.layout.DeviceStructs;
+import java.lang.invoke.MethodHandles;
+import java.lang.invoke.VarHandle;
+import java.nio.ByteBuffer;
+import java.nio.ByteOrder;
+import java.util.ArrayDeque;
+import java.util.Deque;
+
+/**
+ * The buffers, flags and epochs of one step in flight: per rank a symmetric region and a workspace,
+ * and one page of pinned memory that the device reports to. Owned by a layer; freed by close.
+ */
+final class CudaHandle implements AutoCloseable {
+    private static final VarHandle INT =
+            MethodHandles.byteBufferViewVarHandle(int[].class, ByteOrder.LITTLE_ENDIAN);
+    private static final VarHandle LONG =
+            MethodHandles.byteBufferViewVarHandle(long[].class, ByteOrder.LITTLE_ENDIAN);
+
+    private final DeviceLayout layout;
+    private final DeviceBuffer[] symmetric;
+    private final DeviceBuffer[] workspace;
+    private final Deque<AutoCloseable> owned = new ArrayDeque<>();
+    private DeviceBuffer rankViews;
+    private PinnedBuffer pinned;
+
+    /** What the next phase of this handle must be, and of which step; guarded by the layer. */
+    Phase nextPhase = Phase.ROUTE;
+
+    CudaStep stepInFlight;
+
+    /** Allocates and zeroes everything; frees what it got if a part fails. */
+    CudaHandle(Context context, DeviceLayout layout, int ranks) {
+        this.layout = layout;
+        this.symmetric = new DeviceBuffer[ranks];
+        this.workspace = new DeviceBuffer[ranks];
+        try {
+            allocate(context, ranks);
+        } catch (RuntimeException | Error e) {
+            closeAll(e);
+            throw e;
+        }
+    }
+
+    private void allocate(Context context, int ranks) {
+        ByteBuffer views =
+                ByteBuffer.allocateDirect(ranks * DeviceStructs.RANK_VIEW.size())
+                        .order(ByteOrder.nativeOrder());
+        for (int rank = 0; rank < ranks; rank++) {
+            symmetric[rank] = zeroed(context, layout.symmetric().size());
+            workspace[rank] = zeroed(context, layout.workspace().size());
+            views.position(rank * DeviceStructs.RANK_VIEW.size());
+            DeviceStructs.RANK_VIEW.writer(views).put("symmetric", symmetric[rank].address());
+        }
+        rankViews = own(new DeviceBuffer(context, views.capacity()));
+        pinned = own(new PinnedBuffer(context, layout.pinned().size()));
+        for (int at = 0; at < pinned.size(); at += 8) {
+            pinned.bytes().putLong(at, 0L);
+        }
+        try (Scope scope = context.enter()) {
+            context.driver().memcpyHtoD(rankViews.address(), views.rewind());
+        }
+    }
+
+    private DeviceBuffer zeroed(Context context, long bytes) {
+        DeviceBuffer buffer = own(new DeviceBuffer(context, bytes));
+        try (Scope scope = context.enter()) {
+            context.driver().memsetD8(buffer.address(), (byte) 0, bytes);
+        }
+        return buffer;
+    }
+
+    private <T extends AutoCloseable> T own(T resource) {
+        owned.push(resource);
+        return resource;
+    }
+
+    long rankViews() {
+        return rankViews.address();
+    }
+
+    /** Device address of a workspace buffer; 0 if the layer has none. */
+    long workspace(int rank, String name) {
+        return layout.workspace().address(workspace[rank].address(), name);
+    }
+
+    /** Device address of a buffer in a rank's symmetric region. */
+    long symmetric(int rank, String name) {
+        return layout.symmetric().address(symmetric[rank].address(), name);
+    }
+
+    /** Address by which the device writes the rank's error record. */
+    long errorAddress(int rank) {
+        return pinned.deviceAddress() + errorOffset(rank);
+    }
+
+    /** Address by which the device writes the rank's counters. */
+    long countersAddress(int rank) {
+        return pinned.deviceAddress() + countersOffset(rank);
+    }
+
+    /** A field of a rank's error record; the code is read first, with acquire. */
+    int errorCode(int rank) {
+        return (int)
+                INT.getAcquire(
+                        pinned.bytes(),
+                        errorOffset(rank) + DeviceStructs.ERROR_RECORD.offset("code"));
+    }
+
+    int errorInt(int rank, String field) {
+        return pinned.bytes()
+                .order(ByteOrder.LITTLE_ENDIAN)
+                .getInt(errorOffset(rank) + DeviceStructs.ERROR_RECORD.offset(field));
+    }
+
+    long errorLong(int rank, String field) {
+        return (long)
+                LONG.getAcquire(
+                        pinned.bytes(),
+                        errorOffset(rank) + DeviceStructs.ERROR_RECORD.offset(field));
+    }
+
+    long counter(int rank, String field) {
+        return (long)
+                LONG.getAcquire(
+                        pinned.bytes(),
+                        countersOffset(rank) + DeviceStructs.SOFT_COUNTERS.offset(field));
+    }
+
+    private int errorOffset(int rank) {
+        return (int) layout.pinned().offset("errors") + rank * DeviceStructs.ERROR_RECORD.size();
+    }
+
+    private int countersOffset(int rank) {
+        return (int) layout.pinned().offset("counters")
+                + rank * DeviceStructs.SOFT_COUNTERS.size();
+    }
+
+    @Override
+    public void close() {
+        RuntimeException failure = new RuntimeException("closing a handle");
+        closeAll(failure);
+        if (failure.getSuppressed().length > 0) {
+            throw failure;
+        }
+    }
+
+    private void closeAll(Throwable cause) {
+        while (!owned.isEmpty()) {
+            try {
+                owned.pop().close();
+            } catch (Exception e) {
+                cause.addSuppressed(e);
+            }
+        }
+    }
+}

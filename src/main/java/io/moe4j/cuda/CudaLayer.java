@@ -1,0 +1,654 @@
+package io.moe4j.cuda;
+
+import io.moe4j.BackendMemory;
+import io.moe4j.BoundStep;
+import io.moe4j.GraphPart;
+import io.moe4j.MemoryPlan;
+import io.moe4j.MoeConfig;
+import io.moe4j.MoeFaultException;
+import io.moe4j.MoeGraph;
+import io.moe4j.MoeLayer;
+import io.moe4j.Phase;
+import io.moe4j.ProgressListener;
+import io.moe4j.RoutingInput;
+import io.moe4j.SoftCounters;
+import io.moe4j.StepTensors;
+import io.moe4j.cuda.driver.Context;
+import io.moe4j.cuda.driver.DeviceBuffer;
+import io.moe4j.cuda.driver.Driver;
+import io.moe4j.cuda.driver.GraphExec;
+import io.moe4j.cuda.driver.KernelParams;
+import io.moe4j.cuda.driver.ParamArena;
+import io.moe4j.cuda.driver.Scope;
+import io.moe4j.cuda.kernel.Kernel;
+import io.moe4j.cuda.kernel.KernelCatalog;
+import io.moe4j.cuda.kernel.LoadedKernels;
+import io.moe4j.cuda.layout.CStruct;
+import io.moe4j.cuda.layout.DeviceLayout;
+import io.moe4j.cuda.layout.DeviceStructs;
+import io.moe4j.tensor.DType;
+import io.moe4j.tensor.Tensor;
+import java.nio.ByteBuffer;
+import java.nio.ByteOrder;
+import java.util.ArrayDeque;
+import java.util.ArrayList;
+import java.util.Collections;
+import java.util.Deque;
+import java.util.IdentityHashMap;
+import java.util.List;
+import java.util.Set;
+import java.util.concurrent.locks.ReentrantLock;
+
+/**
+ * A layer over R virtual ranks on one GPU. {@code enqueue} launches a fixed list of kernels with
+ * one parameter that was packed at bind: no allocation, no copy, no wait, whatever T and the routing
+ * are. Owns weights, handles and kernels; the caller owns the stream and its tensors.
+ *
+ * <p>Close marks the layer closed at once; memory goes when no graph captured from it is left.
+ */
+final class CudaLayer implements MoeLayer {
+    /** Bound of every device wait. Virtual ranks never wait: all sends precede all waits. */
+    private static final long TIMEOUT_NS = 2_000_000_000L;
+
+    private final MoeConfig config;
+    private final String reason;
+    private final Context context;
+    private final KernelCatalog catalog;
+    private final DeviceLayout layout;
+    private final CudaMemory memory;
+    private final ReentrantLock lock = new ReentrantLock();
+    private final Deque<AutoCloseable> owned = new ArrayDeque<>();
+    private final List<CudaStep> steps = new ArrayList<>();
+
+    private LoadedKernels kernels;
+    private long weightsBase;
+    private CudaHandle[] handles;
+    private ParamArena arena;
+    private int graphs;
+    private boolean freed;
+    private volatile boolean prepared;
+    private volatile boolean closed;
+
+    /** Takes over {@code context}, which is released when the layer's memory is freed. */
+    CudaLayer(MoeConfig config, String reason, Context context, KernelCatalog catalog) {
+        this.config = config;
+        this.reason = reason;
+        this.context = context;
+        this.catalog = catalog;
+        this.layout = new DeviceLayout(config);
+        this.memory = new CudaMemory(context);
+    }
+
+    @Override
+    public MoeConfig config() {
+        return config;
+    }
+
+    @Override
+    public String backend() {
+        return "cuda";
+    }
+
+    @Override
+    public String backendReason() {
+        return reason;
+    }
+
+    @Override
+    public MemoryPlan plan() {
+        return layout.plan();
+    }
+
+    @Override
+    public void prepare() {
+        prepare(ProgressListener.NONE);
+    }
+
+    @Override
+    public void prepare(ProgressListener progress) {
+        lock.lock();
+        try {
+            requireOpen();
+            if (prepared) {
+                return;
+            }
+            try {
+                allocate(progress);
+            } catch (RuntimeException | Error e) {
+                freeOwned(e);
+                throw e;
+            }
+            prepared = true;
+        } finally {
+            lock.unlock();
+        }
+    }
+
+    private void allocate(ProgressListener progress) {
+        kernels = own(catalog.load(context));
+        DeviceBuffer weights = own(new DeviceBuffer(context, layout.weights().size()));
+        weightsBase = weights.address();
+        handles = new CudaHandle[config.handles()];
+        for (int handle = 0; handle < handles.length; handle++) {
+            handles[handle] = own(new CudaHandle(context, layout, config.ranks()));
+        }
+        arena = own(new ParamArena(context));
+        try (CudaWeights upload = new CudaWeights(context, kernels, config, layout, weightsBase)) {
+            upload.run(progress);
+        }
+    }
+
+    private <T extends AutoCloseable> T own(T resource) {
+        owned.push(resource);
+        return resource;
+    }
+
+    @Override
+    public BoundStep bind(List<StepTensors> ranks, int handle) {
+        lock.lock();
+        try {
+            requirePrepared();
+            if (handle < 0 || handle >= handles.length) {
+                throw new IllegalArgumentException(
+                        "handle="
+                                + handle
+                                + " is outside 0.."
+                                + (handles.length - 1)
+                                + ": open the layer with more handles(...)");
+            }
+            if (ranks.size() != config.ranks()) {
+                throw new IllegalArgumentException(
+                        "got the tensors of "
+                                + ranks.size()
+                                + " ranks but the layer has ranks="
+                                + config.ranks()
+                                + ": give one StepTensors per rank");
+            }
+            for (int rank = 0; rank < ranks.size(); rank++) {
+                validate(rank, ranks.get(rank));
+            }
+            CudaStep step = pack(ranks, handles[handle]);
+            steps.add(step);
+            return step;
+        } finally {
+            lock.unlock();
+        }
+    }
+
+    private void validate(int rank, StepTensors tensors) {
+        try {
+            tensors.validate(config);
+            requireDevice("hidden", tensors.hidden());
+            requireDevice("tokenCount", tensors.tokenCount());
+            requireDevice("topkIds", tensors.topkIds());
+            requireDevice("topkWeights", tensors.topkWeights());
+            requireDevice("routerLogits", tensors.routerLogits());
+            requireDevice("out", tensors.out());
+        } catch (IllegalArgumentException e) {
+            throw new IllegalArgumentException("rank " + rank + ": " + e.getMessage(), e);
+        }
+    }
+
+    private static void requireDevice(String name, Tensor tensor) {
+        if (tensor != null && tensor.isHost()) {
+            throw new IllegalArgumentException(
+                    name
+                            + " is host memory but the CUDA backend reads device memory: use"
+                            + " Tensor.device or layer.memory().allocate");
+        }
+    }
+
+    private CudaStep pack(List<StepTensors> ranks, CudaHandle handle) {
+        int size = DeviceStructs.LOCAL_RANK.size();
+        ByteBuffer locals =
+                ByteBuffer.allocateDirect(ranks.size() * size).order(ByteOrder.LITTLE_ENDIAN);
+        for (int rank = 0; rank < ranks.size(); rank++) {
+            locals.position(rank * size);
+            packRank(DeviceStructs.LOCAL_RANK.writer(locals), rank, ranks.get(rank), handle);
+        }
+        DeviceBuffer buffer = new DeviceBuffer(context, locals.capacity());
+        try (Scope scope = context.enter()) {
+            context.driver().memcpyHtoD(buffer.address(), locals.rewind());
+            KernelParams params = arena.params(DeviceStructs.STEP_PARAMS.size());
+            packParams(
+                    DeviceStructs.STEP_PARAMS.writer(params.bytes(0)), buffer.address(), handle);
+            return new CudaStep(this, handle, params, buffer);
+        } catch (RuntimeException | Error e) {
+            buffer.close();
+            throw e;
+        }
+    }
+
+    private void packRank(
+            CStruct.Writer to, int rank, StepTensors tensors, CudaHandle handle) {
+        to.put("hidden", address(tensors.hidden()));
+        to.put("token_count", address(tensors.tokenCount()));
+        to.put("topk_ids", address(tensors.topkIds()));
+        to.put("topk_weights", address(tensors.topkWeights()));
+        to.put("router_logits", address(tensors.routerLogits()));
+        to.put("out", address(tensors.out()));
+        to.put("accumulate", tensors.accumulate() ? 1 : 0);
+        to.put("rank", rank);
+        to.put("local_experts", config.expertsOn(rank));
+        for (String buffer :
+                List.of(
+                        "home_tokens",
+                        "home_ids",
+                        "home_weights",
+                        "home_mask",
+                        "logits",
+                        "home_rows",
+                        "expert_counts",
+                        "expert_offsets",
+                        "expert_rows",
+                        "packed_row_of",
+                        "activated",
+                        "expert_out",
+                        "shared_activated",
+                        "shared_out",
+                        "epoch",
+                        "arrivals",
+                        "totals")) {
+            to.put(buffer, handle.workspace(rank, buffer));
+        }
+        to.put("error", handle.errorAddress(rank));
+        to.put("counters", handle.countersAddress(rank));
+        long firstExpert = (long) rank * config.expertsPerRank();
+        putExpertSlice(to, "w_gate_up", firstExpert);
+        putExpertSlice(to, "w_down", firstExpert);
+        putExpertSlice(to, "bias_gate_up", firstExpert);
+        putExpertSlice(to, "bias_down", firstExpert);
+    }
+
+    /** A rank's experts are consecutive in the layer's buffers. */
+    private void putExpertSlice(CStruct.Writer to, String buffer, long firstExpert) {
+        long base = layout.weights().address(weightsBase, buffer);
+        if (base != 0 && firstExpert < config.shape().experts()) {
+            base += layout.weights().field(buffer).bytes() / config.shape().experts() * firstExpert;
+        }
+        to.put(buffer, base);
+    }
+
+    private static long address(Tensor tensor) {
+        return tensor == null ? 0L : tensor.address();
+    }
+
+    private void packParams(CStruct.Writer to, long locals, CudaHandle handle) {
+        to.put("num_ranks", config.ranks());
+        to.put("num_local_ranks", config.ranks());
+        to.put("max_tokens", config.maxTokensPerRank());
+        to.put("top_k", config.shape().topK());
+        to.put("experts", config.shape().experts());
+        to.put("experts_per_rank", config.expertsPerRank());
+        to.put("hidden", config.shape().hidden());
+        to.put("hidden_pad", DeviceLayout.pad(config.shape().hidden()));
+        to.put("intermediate", config.shape().intermediate());
+        to.put("intermediate_pad", DeviceLayout.pad(config.shape().intermediate()));
+        int shared = config.usesSharedExpert() ? config.shape().sharedIntermediate() : 0;
+        to.put("shared", shared);
+        to.put("shared_pad", DeviceLayout.pad(shared));
+        to.put("hidden_dtype", dtype(config.hiddenDType()));
+        to.put("out_dtype", dtype(config.outDType()));
+        to.put("routing_input", config.routingInput().ordinal());
+        boolean routes = config.routingInput() != RoutingInput.TOPK;
+        to.put("scoring", routes ? config.rule().scoring().ordinal() : 0);
+        to.put("renormalise", routes && config.rule().renormalise() ? 1 : 0);
+        to.put("groups", routes ? config.rule().groups() : 1);
+        to.put("topk_groups", routes ? config.rule().topkGroups() : 1);
+        to.put("scale", routes ? config.rule().scale() : 1f);
+        to.put("activation", config.activation().kind().ordinal());
+        to.put("alpha", config.activation().alpha());
+        to.put("limit", config.activation().limit());
+        to.put("timeout_ns", TIMEOUT_NS);
+        for (String buffer :
+                List.of(
+                        "dispatch_flags",
+                        "combine_flags",
+                        "recv_tokens",
+                        "recv_ids",
+                        "recv_weights",
+                        "recv_rows",
+                        "combine_rows")) {
+            to.put("off_" + buffer, layout.symmetric().offset(buffer));
+        }
+        to.put("ranks", handle.rankViews());
+        to.put("locals", locals);
+        boolean ownRouter = config.routingInput() == RoutingInput.HIDDEN;
+        to.put("router", layout.weights().address(weightsBase, "router"));
+        to.put(
+                "router_bias",
+                ownRouter && config.weights().routerBias() != null
+                        ? layout.weights().address(weightsBase, "router_bias")
+                        : 0L);
+        to.put(
+                "correction_bias",
+                routes && config.weights().correctionBias() != null
+                        ? layout.weights().address(weightsBase, "correction_bias")
+                        : 0L);
+        to.put("w_shared_gate_up", layout.weights().address(weightsBase, "w_shared_gate_up"));
+        to.put("w_shared_down", layout.weights().address(weightsBase, "w_shared_down"));
+        to.put(
+                "shared_gate",
+                shared > 0 && config.weights().sharedExpertGate() != null
+                        ? layout.weights().address(weightsBase, "shared_gate")
+                        : 0L);
+    }
+
+    private static int dtype(DType dtype) {
+        return switch (dtype) {
+            case F32 -> 0;
+            case F16 -> 1;
+            case BF16 -> 2;
+            default -> throw new IllegalArgumentException("hidden states of type " + dtype);
+        };
+    }
+
+    @Override
+    public void enqueue(long stream, BoundStep step, Phase first, Phase last) {
+        if (!(step instanceof CudaStep cudaStep) || cudaStep.cudaLayer() != this) {
+            throw new IllegalArgumentException(
+                    "the step was bound by another layer: bind it with this one");
+        }
+        if (!lock.tryLock()) {
+            throw new IllegalStateException(
+                    "another thread is enqueueing on this layer: one step at a time");
+        }
+        try {
+            requirePrepared();
+            requireNext(cudaStep, first, last);
+            try (Scope scope = context.enter()) {
+                launch(stream, cudaStep, first, last);
+            } catch (RuntimeException | Error e) {
+                cudaStep.handle().nextPhase = Phase.ROUTE; // why: a failed step is over
+                cudaStep.handle().stepInFlight = null;
+                throw e;
+            }
+        } finally {
+            lock.unlock();
+        }
+    }
+
+    private static void requireNext(CudaStep step, Phase first, Phase last) {
+        if (first.compareTo(last) > 0) {
+            throw new IllegalArgumentException("phase " + first + " comes after " + last);
+        }
+        CudaHandle handle = step.handle();
+        if (first != handle.nextPhase || (first != Phase.ROUTE && handle.stepInFlight != step)) {
+            throw new IllegalStateException(
+                    "phase "
+                            + first
+                            + " cannot run now: the next phase of this handle is "
+                            + handle.nextPhase
+                            + (handle.stepInFlight == null || handle.stepInFlight == step
+                                    ? ""
+                                    : " of another step"));
+        }
+    }
+
+    /** The flow: a fixed list of kernels a phase. */
+    private void launch(long stream, CudaStep step, Phase first, Phase last) {
+        CudaHandle handle = step.handle();
+        handle.stepInFlight = step;
+        for (Phase phase = first; ; phase = next(phase)) {
+            for (Kernel kernel : kernels.of(phase)) {
+                kernel.launch(context.driver(), config.ranks(), stream, step.params());
+            }
+            handle.nextPhase = next(phase);
+            if (phase == last) {
+                break;
+            }
+        }
+        if (last == Phase.COMBINE_RECV) {
+            handle.stepInFlight = null;
+        }
+    }
+
+    private static Phase next(Phase phase) {
+        Phase[] all = PHASES;
+        return all[(phase.ordinal() + 1) % all.length];
+    }
+
+    private static final Phase[] PHASES = Phase.values();
+
+    @Override
+    public MoeGraph capture(long stream, List<GraphPart> parts) {
+        if (parts.isEmpty()) {
+            throw new IllegalArgumentException("nothing to capture: give at least one part");
+        }
+        Set<CudaLayer> layers = Collections.newSetFromMap(new IdentityHashMap<>());
+        for (GraphPart part : parts) {
+            if (!(part.step() instanceof CudaStep step)) {
+                throw new IllegalArgumentException(
+                        "a step of another backend cannot be captured here: bind it with a CUDA"
+                                + " layer");
+            }
+            layers.add(step.cudaLayer());
+        }
+        Set<CudaLayer> pinned = Collections.newSetFromMap(new IdentityHashMap<>());
+        try {
+            for (CudaLayer layer : layers) {
+                layer.pin();
+                pinned.add(layer);
+            }
+            try (Scope scope = context.enter()) {
+                if (stream != 0 && context.driver().streamIsCapturing(stream)) {
+                    throw new IllegalStateException(
+                            "the stream is capturing already: call enqueue to add a step to your"
+                                    + " own capture");
+                }
+            }
+            GraphExec exec =
+                    GraphExec.capture(
+                            context,
+                            stream,
+                            () -> {
+                                for (GraphPart part : parts) {
+                                    part.step()
+                                            .layer()
+                                            .enqueue(
+                                                    stream, part.step(), part.first(), part.last());
+                                }
+                            });
+            return new CudaGraph(exec, layers);
+        } catch (RuntimeException | Error e) {
+            pinned.forEach(CudaLayer::unpin);
+            throw e;
+        }
+    }
+
+    private void pin() {
+        lock.lock();
+        try {
+            requirePrepared();
+            graphs++;
+        } finally {
+            lock.unlock();
+        }
+    }
+
+    /** Called when a graph that used this layer is gone. */
+    void unpin() {
+        lock.lock();
+        try {
+            graphs--;
+            freeIfUnused();
+        } finally {
+            lock.unlock();
+        }
+    }
+
+    @Override
+    public void synchronize(long stream) {
+        requireOpen();
+        try (Scope scope = context.enter()) {
+            context.driver().streamSynchronize(stream);
+        }
+    }
+
+    @Override
+    public void readRouting(int rank, int[] ids, float[] weights) {
+        int k = config.shape().topK();
+        int m = config.maxTokensPerRank();
+        int tokens = readInts(rank, "home_tokens", 1)[0];
+        int[] allIds = readInts(rank, "home_ids", m * k);
+        float[] allWeights = readFloats(rank, "home_weights", m * k);
+        System.arraycopy(allIds, 0, ids, 0, tokens * k);
+        System.arraycopy(allWeights, 0, weights, 0, tokens * k);
+    }
+
+    private int[] readInts(int rank, String buffer, int count) {
+        int[] values = new int[count];
+        readWorkspace(rank, buffer, count).asIntBuffer().get(values);
+        return values;
+    }
+
+    private float[] readFloats(int rank, String buffer, int count) {
+        float[] values = new float[count];
+        readWorkspace(rank, buffer, count).asFloatBuffer().get(values);
+        return values;
+    }
+
+    private ByteBuffer readWorkspace(int rank, String buffer, int words) {
+        requirePrepared();
+        ByteBuffer bytes = ByteBuffer.allocateDirect(4 * words).order(ByteOrder.LITTLE_ENDIAN);
+        try (Scope scope = context.enter()) {
+            context.driver().contextSynchronize();
+            context.driver().memcpyDtoH(bytes, handles[0].workspace(rank, buffer));
+        }
+        return bytes;
+    }
+
+    @Override
+    public SoftCounters counters() {
+        requirePrepared();
+        long steps = 0;
+        long dropped = 0;
+        long duplicates = 0;
+        long overCapacity = 0;
+        for (CudaHandle handle : handles) {
+            steps += handle.counter(0, "steps");
+            for (int rank = 0; rank < config.ranks(); rank++) {
+                dropped += handle.counter(rank, "dropped_ids");
+                duplicates += handle.counter(rank, "duplicate_ids");
+                overCapacity += handle.counter(rank, "over_capacity_tokens");
+            }
+        }
+        return new SoftCounters(steps, dropped, duplicates, overCapacity);
+    }
+
+    @Override
+    public void check() {
+        requireOpen();
+        if (!prepared) {
+            return;
+        }
+        for (CudaHandle handle : handles) {
+            for (int rank = 0; rank < config.ranks(); rank++) {
+                int code = handle.errorCode(rank);
+                if (code != 0) {
+                    throw new MoeFaultException(describe(handle, rank, code));
+                }
+            }
+        }
+    }
+
+    private static String describe(CudaHandle handle, int rank, int code) {
+        String operation =
+                switch (handle.errorInt(rank, "op")) {
+                    case 1 -> "dispatch_recv";
+                    case 2 -> "combine_recv";
+                    default -> "operation " + handle.errorInt(rank, "op");
+                };
+        String what =
+                switch (code) {
+                    case 1 -> "timed out";
+                    case 2 -> "saw an epoch that does not fit";
+                    case 3 -> "was aborted by its peer";
+                    default -> "failed with code " + code;
+                };
+        return String.format(
+                "%s on rank %d %s: waited %.1f ms for rank %d, epoch expected %d, seen %d; the last"
+                        + " valid epoch is %d",
+                operation,
+                handle.errorInt(rank, "rank"),
+                what,
+                handle.errorLong(rank, "waited_ns") / 1e6,
+                handle.errorInt(rank, "peer"),
+                handle.errorLong(rank, "epoch_expected"),
+                handle.errorLong(rank, "epoch_seen"),
+                handle.errorLong(rank, "valid_epoch"));
+    }
+
+    @Override
+    public long validEpoch(int handle) {
+        requirePrepared();
+        long epoch = Long.MAX_VALUE;
+        for (int rank = 0; rank < config.ranks(); rank++) {
+            epoch = Math.min(epoch, handles[handle].errorLong(rank, "valid_epoch"));
+        }
+        return epoch;
+    }
+
+    @Override
+    public BackendMemory memory() {
+        requireOpen();
+        return memory;
+    }
+
+    @Override
+    public void close() {
+        closed = true;
+        lock.lock();
+        try {
+            freeIfUnused();
+        } finally {
+            lock.unlock();
+        }
+    }
+
+    private void freeIfUnused() {
+        if (closed && graphs == 0 && !freed) {
+            freed = true;
+            RuntimeException failure = new RuntimeException("closing the layer");
+            freeOwned(failure);
+            if (failure.getSuppressed().length > 0) {
+                throw failure;
+            }
+        }
+    }
+
+    /** Frees in reverse order; errors are added to {@code cause}. */
+    private void freeOwned(Throwable cause) {
+        List<AutoCloseable> all = new ArrayList<>();
+        steps.forEach(step -> all.add(step::free));
+        steps.clear();
+        while (!owned.isEmpty()) {
+            all.add(owned.pop());
+        }
+        if (closed) {
+            all.add(memory);
+            all.add(context);
+        }
+        for (AutoCloseable resource : all) {
+            try {
+                resource.close();
+            } catch (Exception e) {
+                cause.addSuppressed(e);
+            }
+        }
+        prepared = false;
+    }
+
+    void requireOpen() {
+        if (closed) {
+            throw new IllegalStateException("the layer is closed: open a new one");
+        }
+    }
+
+    private void requirePrepared() {
+        requireOpen();
+        if (!prepared) {
+            throw new IllegalStateException("the layer is not prepared: call prepare() first");
+        }
+    }
+}

@@ -1,0 +1,172 @@
+package io.moe4j.cuda.layout;
+
+import io.moe4j.MemoryPlan;
+import io.moe4j.MoeConfig;
+import io.moe4j.RoutingInput;
+import io.moe4j.model.MoeShape;
+
+/**
+ * Every device buffer of a layer: the symmetric region that peers write, the workspace of a local
+ * rank, and the packed weights. The single source of the memory plan and of all addresses.
+ */
+public final class DeviceLayout {
+    /** Widths are padded to this many elements. */
+    public static final int PAD = 64;
+
+    /** Outputs per packed weight tile. */
+    public static final int TILE_ROWS = 128;
+
+    private final MoeConfig config;
+    private final Region symmetric = new Region();
+    private final Region workspace = new Region();
+    private final Region weights = new Region();
+    private final Region pinned = new Region();
+
+    /** Lays out a layer; allocates nothing. */
+    public DeviceLayout(MoeConfig config) {
+        this.config = config;
+        MoeShape shape = config.shape();
+        long r = config.ranks();
+        long m = config.maxTokensPerRank();
+        long k = shape.topK();
+        long l = config.expertsPerRank();
+        long e = shape.experts();
+        long hp = pad(shape.hidden());
+        long ip = pad(shape.intermediate());
+        long sp = pad(shape.sharedIntermediate());
+        long rows = packedRows();
+        boolean shared = config.usesSharedExpert();
+        boolean ownRouter = config.routingInput() == RoutingInput.HIDDEN;
+
+        symmetric.add("dispatch_flags", "R*8", r, 8);
+        symmetric.add("combine_flags", "R*8", r, 8);
+        symmetric.add("recv_tokens", "R*4", r, 4);
+        symmetric.add("recv_ids", "R*M*K*4", r, m, k, 4);
+        symmetric.add("recv_weights", "R*M*K*4", r, m, k, 4);
+        symmetric.add("recv_rows", "R*M*Hp*2", r, m, hp, 2);
+        symmetric.add("combine_rows", "R*M*Hp*2", r, m, hp, 2);
+
+        workspace.add("home_tokens", "4", 4);
+        workspace.add("home_ids", "M*K*4", m, k, 4);
+        workspace.add("home_weights", "M*K*4", m, k, 4);
+        workspace.add("home_mask", "M*8", m, 8);
+        workspace.add("logits", "M*E*4", ownRouter ? m : 0, e, 4);
+        workspace.add("home_rows", "M*Hp*2", shared ? m : 0, hp, 2);
+        workspace.add("expert_counts", "L*4", l, 4);
+        workspace.add("expert_offsets", "(L+1)*4", l + 1, 4);
+        workspace.add("expert_rows", "rows*4", rows, 4);
+        workspace.add("packed_row_of", "R*M*K*4", r, m, k, 4);
+        workspace.add("activated", "rows*Ip*2", rows, ip, 2);
+        workspace.add("expert_out", "rows*Hp*2", rows, hp, 2);
+        workspace.add("shared_activated", "M*Sp*2", shared ? m : 0, sp, 2);
+        workspace.add("shared_out", "M*Hp*2", shared ? m : 0, hp, 2);
+        workspace.add("epoch", "8", 8);
+        workspace.add("arrivals", "32", 32);
+        workspace.add("totals", "32", 32);
+
+        weights.add("w_gate_up", "E*2*Ip*Hp*2", e, gateUpRows(), hp, 2);
+        weights.add("w_down", "E*Hp128*Ip*2", e, downRows(), ip, 2);
+        weights.add("bias_gate_up", "E*2*Ip*4", config.expertBias() ? e : 0, gateUpRows(), 4);
+        weights.add("bias_down", "E*Hp128*4", config.expertBias() ? e : 0, downRows(), 4);
+        weights.add("router", "E*H*4", ownRouter ? e : 0, shape.hidden(), 4);
+        weights.add("router_bias", "E*4", ownRouter ? e : 0, 4);
+        weights.add(
+                "correction_bias",
+                "E*4",
+                config.routingInput() == RoutingInput.TOPK ? 0 : e,
+                4);
+        weights.add("w_shared_gate_up", "2*Sp*Hp*2", shared ? 2 * sp : 0, hp, 2);
+        weights.add("w_shared_down", "Hp128*Sp*2", shared ? downRows() : 0, sp, 2);
+        weights.add("shared_gate", "H*4", shared ? shape.hidden() : 0, 4);
+
+        pinned.add("errors", "R*64", r, DeviceStructs.ERROR_RECORD.size());
+        pinned.add("counters", "R*64", r, DeviceStructs.SOFT_COUNTERS.size());
+    }
+
+    /** Rounds a width up to a multiple of {@link #PAD}. */
+    public static int pad(int width) {
+        return (width + PAD - 1) / PAD * PAD;
+    }
+
+    /** Most packed rows of a rank: R · M · min(K, L). */
+    public long packedRows() {
+        return (long) config.ranks()
+                * config.maxTokensPerRank()
+                * Math.min(config.shape().topK(), config.expertsPerRank());
+    }
+
+    /** Packed rows of the gate/up matrix of an expert: 2 · Ip, a multiple of 128. */
+    public int gateUpRows() {
+        return 2 * pad(config.shape().intermediate());
+    }
+
+    /** Packed rows of the down matrix of an expert: H rounded up to 128. */
+    public int downRows() {
+        return (config.shape().hidden() + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+    }
+
+    /** What peers write, one per rank and handle. */
+    public Region symmetric() {
+        return symmetric;
+    }
+
+    /** What one local rank works in, one per rank and handle. */
+    public Region workspace() {
+        return workspace;
+    }
+
+    /** Packed weights of all experts. */
+    public Region weights() {
+        return weights;
+    }
+
+    /** Page-locked host memory of one handle. */
+    public Region pinned() {
+        return pinned;
+    }
+
+    /** The memory plan: every buffer times the number of local ranks and handles. */
+    public MemoryPlan plan() {
+        MoeShape shape = config.shape();
+        MemoryPlan.Builder plan =
+                new MemoryPlan.Builder(
+                        String.format(
+                                "CUDA backend: R=%d (virtual ranks) M=%d H=%d (Hp=%d) I=%d (Ip=%d)"
+                                        + " E=%d L=%d K=%d handles N=%d, rows=R*M*min(K,L)=%d",
+                                config.ranks(),
+                                config.maxTokensPerRank(),
+                                shape.hidden(),
+                                pad(shape.hidden()),
+                                shape.intermediate(),
+                                pad(shape.intermediate()),
+                                shape.experts(),
+                                config.expertsPerRank(),
+                                shape.topK(),
+                                config.handles(),
+                                packedRows()));
+        for (Region.Field field : weights.fields()) {
+            plan.add(field.name(), field.formula(), field.bytes());
+        }
+        addPerRank(plan, symmetric);
+        addPerRank(plan, workspace);
+        for (Region.Field field : pinned.fields()) {
+            plan.add(
+                    field.name() + " (pinned host)",
+                    "N*" + field.formula(),
+                    config.handles(),
+                    field.bytes());
+        }
+        return plan.build();
+    }
+
+    private void addPerRank(MemoryPlan.Builder plan, Region region) {
+        for (Region.Field field : region.fields()) {
+            plan.add(
+                    field.name(),
+                    "N*R*" + field.formula(),
+                    config.handles(),
+                    config.ranks(),
+                    field.bytes());
+        }
+    }
+}
