@@ -71,6 +71,16 @@ public interface MoeLayer extends AutoCloseable {
     /** Waits until everything enqueued on {@code stream} is done (debugging and tools only). */
     void synchronize(long stream);
 
+    /**
+     * Debug: copies the routing the last step used, after sanitising, in the order the layer sums
+     * it. Waits for the device; not for use in a step.
+     *
+     * @param rank local rank
+     * @param ids destination, [M, K]; −1 for an id that was dropped; rows from T on stay untouched
+     * @param weights destination, [M, K]
+     */
+    void readRouting(int rank, int[] ids, float[] weights);
+
     /** Counts of tolerated input; reads host memory only, never waits for a device. */
     SoftCounters counters();
 
