@@ -14,7 +14,8 @@ import java.util.Locale;
  * @param cases the results, in the order they ran
  */
 public record CheckReport(String subject, List<CaseResult> cases) {
-    private static final String ROW_FORMAT = "%5s  %6s  %5s  %-7s  %-9s  %9s  %9s  %9s  %9s  %5s  %9s  %s%n";
+    private static final String ROW_FORMAT =
+            "%5s  %6s  %5s  %-7s  %-9s  %9s  %9s  %9s  %9s  %5s  %9s  %s%n";
 
     /** Copies the list. */
     public CheckReport {

@@ -317,8 +317,7 @@ public final class Float64Oracle {
         return values;
     }
 
-    private static double[] product(
-            float[] values, WeightMatrix matrix, double[] rows, int count) {
+    private static double[] product(float[] values, WeightMatrix matrix, double[] rows, int count) {
         int outputs = matrix.rows();
         int inputs = matrix.cols();
         double[] result = new double[Math.multiplyExact(count, outputs)];

@@ -88,7 +88,8 @@ public final class GoldenFile implements AutoCloseable {
         int t = entry.tokens();
         int k = shape.topK();
         Routing routing =
-                new Routing(t, k, ints(entry, "topk_ids", t, k), floats(entry, "topk_weights", t, k));
+                new Routing(
+                        t, k, ints(entry, "topk_ids", t, k), floats(entry, "topk_weights", t, k));
         requireShape(entry, "router_logits", t, shape.experts());
         return new ReferenceCase(
                 entry.layer(),

@@ -50,8 +50,7 @@ public final class LayerHarness implements AutoCloseable {
      * @param progress hears about weights being packed
      */
     public static LayerHarness open(MoeConfig config, ProgressListener progress) {
-        MoeLayer layer =
-                Moe.open(config.toBuilder().routingInput(RoutingInput.HIDDEN).build());
+        MoeLayer layer = Moe.open(config.toBuilder().routingInput(RoutingInput.HIDDEN).build());
         try {
             layer.prepare(progress);
             return new LayerHarness(layer);

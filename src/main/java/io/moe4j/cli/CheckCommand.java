@@ -174,8 +174,7 @@ final class CheckCommand extends BaseCommand {
         try (ConsoleProgress progress = new ConsoleProgress("reference")) {
             for (int number : layers) {
                 MoeConfig config = checkpoint.layer(number).config().build();
-                float[] hidden =
-                        Checker.randomHidden(seed, number, count, config.shape().hidden());
+                float[] hidden = Checker.randomHidden(seed, number, count, config.shape().hidden());
                 ReferenceCase expected = Float64Oracle.of(config).expect(number, hidden, count);
                 cases.put(number, List.of(expected));
                 progress.progress(cases.size(), layers.size());

@@ -4,7 +4,9 @@ import java.nio.file.Path;
 import picocli.CommandLine.Command;
 import picocli.CommandLine.Option;
 
-/** {@code moe4j demo}: one layer, stage by stage, on a small checkpoint or at a model's full size. */
+/**
+ * {@code moe4j demo}: one layer, stage by stage, on a small checkpoint or at a model's full size.
+ */
 @Command(
         name = "demo",
         description = {

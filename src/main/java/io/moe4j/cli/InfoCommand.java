@@ -47,7 +47,8 @@ final class InfoCommand extends BaseCommand {
         } else {
             print(machine);
         }
-        boolean gpu = machine.backends().stream().anyMatch(b -> b.name().equals("cuda") && b.usable());
+        boolean gpu =
+                machine.backends().stream().anyMatch(b -> b.name().equals("cuda") && b.usable());
         return requireGpu && !gpu ? ExitCodes.NO_GPU : ExitCodes.OK;
     }
 

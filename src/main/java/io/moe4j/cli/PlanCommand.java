@@ -32,7 +32,11 @@ final class PlanCommand extends BaseCommand {
             description = "Layer of the checkpoint; the first Mixture-of-Experts layer if not set.")
     private Integer layer;
 
-    @Option(names = "--ranks", paramLabel = "R", defaultValue = "1", description = "Ranks (default: ${DEFAULT-VALUE}).")
+    @Option(
+            names = "--ranks",
+            paramLabel = "R",
+            defaultValue = "1",
+            description = "Ranks (default: ${DEFAULT-VALUE}).")
     private int ranks;
 
     @Option(
@@ -59,7 +63,10 @@ final class PlanCommand extends BaseCommand {
     private boolean json;
 
     private static final class Source {
-        @Option(names = "--preset", paramLabel = "NAME", description = "A well-known model's layer.")
+        @Option(
+                names = "--preset",
+                paramLabel = "NAME",
+                description = "A well-known model's layer.")
         private String preset;
 
         @Option(names = "--checkpoint", paramLabel = "DIR", description = "A Hugging Face folder.")

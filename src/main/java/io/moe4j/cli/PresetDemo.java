@@ -122,8 +122,7 @@ final class PresetDemo {
         int k = config.shape().topK();
         int count = Math.min(tokens, VERIFIED_TOKENS);
         Float64Oracle oracle = Float64Oracle.of(config);
-        ReferenceCase reference =
-                oracle.expect(0, Arrays.copyOf(hidden, count * h), count);
+        ReferenceCase reference = oracle.expect(0, Arrays.copyOf(hidden, count * h), count);
         Routing routing =
                 new Routing(
                         count,
@@ -135,9 +134,7 @@ final class PresetDemo {
                 TokenErrors.of(Arrays.copyOf(output.out(), count * h), reference.full(), count, h);
         double tolerance = new Checker(OptionalDouble.empty()).toleranceOf(config.backend());
         boolean pass =
-                mismatches.isEmpty()
-                        && errors.max() <= tolerance
-                        && output.paddingUntouched();
+                mismatches.isEmpty() && errors.max() <= tolerance && output.paddingUntouched();
         out.printf(
                 Locale.ROOT,
                 "verify      first %d tokens against float64: routing %d/%d, worst token off by"
