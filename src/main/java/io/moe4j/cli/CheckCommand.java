@@ -29,8 +29,8 @@ import picocli.CommandLine.Option;
         },
         footer = {
             "",
-            "Without a golden file, seeded random hidden states go through the backend and through",
-            "the float64 reference. An error is the relative L2 distance of the worst token."
+            "Without a golden file, seeded random hidden states go through the backend and"
+                    + " through the float64 reference. An error is the relative L2 distance of the worst token."
         })
 final class CheckCommand extends BaseCommand {
     private static final int ORACLE_TOKENS = 32;
@@ -95,11 +95,11 @@ final class CheckCommand extends BaseCommand {
             names = "--tolerance",
             paramLabel = "X",
             description = {
-                "Largest relative L2 error of a token (default: "
+                "Largest relative L2 error of a token (default: cpu "
                         + Checker.CPU_TOLERANCE
-                        + " on cpu, "
+                        + ", cuda "
                         + Checker.CUDA_TOLERANCE
-                        + " on cuda)."
+                        + ")."
             })
     private Double tolerance;
 

@@ -5,6 +5,8 @@ import io.moe4j.MoeFaultException;
 import java.io.IOException;
 import java.io.UncheckedIOException;
 import java.nio.file.NoSuchFileException;
+import java.util.logging.Level;
+import java.util.logging.Logger;
 import picocli.CommandLine;
 import picocli.CommandLine.Command;
 import picocli.CommandLine.Option;
@@ -36,6 +38,9 @@ import picocli.CommandLine.ScopeType;
             "3:a GPU was asked for and none is usable"
         })
 public final class Main {
+    /** Held here because java.util.logging keeps its loggers, and their levels, only weakly. */
+    private static final Logger LIBRARY_LOG = Logger.getLogger("io.moe4j");
+
     @Option(
             names = "--stacktrace",
             scope = ScopeType.INHERIT,
@@ -44,6 +49,7 @@ public final class Main {
 
     /** Runs a command and exits with its code. */
     public static void main(String[] args) {
+        LIBRARY_LOG.setLevel(Level.WARNING); // commands print the chosen backend themselves
         System.exit(commandLine().execute(args));
     }
 

@@ -6,12 +6,17 @@ import java.util.Arrays;
 /** Times whole steps, each from the call until its result is there. */
 final class StepTimer {
     private static final int WARM_UP_STEPS = 3;
+    private static final long WARM_UP_NS = 500_000_000;
 
     private StepTimer() {}
 
-    /** Median milliseconds of {@code steps} steps on loaded input, after a warm-up. */
+    /**
+     * Median milliseconds of {@code steps} steps on loaded input, after a warm-up of a few steps
+     * and at least half a second (the JIT compiler needs it).
+     */
     static double medianMs(LayerHarness harness, int steps) {
-        for (int i = 0; i < WARM_UP_STEPS; i++) {
+        long begin = System.nanoTime();
+        for (int i = 0; i < WARM_UP_STEPS || System.nanoTime() - begin < WARM_UP_NS; i++) {
             harness.step();
         }
         long[] ns = new long[steps];
