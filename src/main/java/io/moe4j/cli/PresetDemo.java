@@ -91,7 +91,7 @@ final class PresetDemo {
                             + " of heap but the JVM has "
                             + MemoryPlan.human(available)
                             + ": set MOE4J_JAVA_OPTS=-Xmx"
-                            + ((needed >> 30) + 1)
+                            + ((needed + needed / 16 >> 30) + 1)
                             + "g, or choose a smaller preset or fewer tokens");
         }
     }
