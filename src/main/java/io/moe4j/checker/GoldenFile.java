@@ -19,7 +19,8 @@ import java.util.regex.Pattern;
  * open file; not thread-safe.
  */
 public final class GoldenFile implements AutoCloseable {
-    private static final Pattern CASE_NAME = Pattern.compile("layer(\\d+)\\.t(\\d+)\\.hidden");
+    private static final Pattern CASE_NAME =
+            Pattern.compile("layer(\\d{1,9})\\.t(\\d{1,9})\\.hidden");
 
     private final Path path;
     private final SafetensorsFile file;
@@ -32,6 +33,12 @@ public final class GoldenFile implements AutoCloseable {
      * @param tokens T
      */
     public record Entry(int layer, int tokens) {
+        /** For example {@code layer 1 with 37 tokens}. */
+        @Override
+        public String toString() {
+            return "layer " + layer + " with " + tokens + " tokens";
+        }
+
         String prefix() {
             return "layer" + layer + ".t" + tokens + ".";
         }

@@ -22,7 +22,6 @@ import picocli.CommandLine.ScopeType;
         scope = ScopeType.INHERIT,
         versionProvider = Version.class,
         description = "Runs, checks and plans Mixture-of-Experts layers.",
-        subcommandsRepeatable = false,
         subcommands = {
             DemoCommand.class,
             CheckCommand.class,
