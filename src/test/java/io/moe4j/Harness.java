@@ -54,14 +54,23 @@ public final class Harness implements AutoCloseable {
     private final List<StepTensors> tensors = new ArrayList<>();
     private final BoundStep step;
 
+    private final long stream;
+
     public Harness(MoeConfig config) {
-        this(config, false);
+        this(config, false, 0L);
     }
 
-    public Harness(MoeConfig config, boolean accumulate) {
+    public Harness(MoeConfig config, boolean accumulate, long stream) {
         this.config = config;
+        this.stream = stream;
         this.layer = Moe.open(config);
         layer.prepare();
+        tensors.addAll(allocate(accumulate));
+        step = layer.bind(tensors);
+    }
+
+    private List<StepTensors> allocate(boolean accumulate) {
+        List<StepTensors> tensors = new ArrayList<>();
         BackendMemory memory = layer.memory();
         long m = config.maxTokensPerRank();
         long k = config.shape().topK();
@@ -88,7 +97,36 @@ public final class Harness implements AutoCloseable {
                     };
             tensors.add(accumulate ? t.accumulating() : t);
         }
-        step = layer.bind(tensors);
+        return tensors;
+    }
+
+    /** A second step of the same layer on another handle, with tensors of its own; one rank. */
+    public Second second(int handle) {
+        List<StepTensors> own = allocate(false);
+        return new Second(own, layer.bind(own, handle));
+    }
+
+    /** See {@link #second}. */
+    public final class Second {
+        private final List<StepTensors> own;
+        private final BoundStep bound;
+
+        private Second(List<StepTensors> own, BoundStep bound) {
+            this.own = own;
+            this.bound = bound;
+        }
+
+        public BoundStep step() {
+            return bound;
+        }
+
+        public void write(Batch batch) {
+            Harness.this.write(own, List.of(batch));
+        }
+
+        public float[][] outputs() {
+            return Harness.this.outputs(own)[0];
+        }
     }
 
     public List<StepTensors> tensors() {
@@ -101,6 +139,10 @@ public final class Harness implements AutoCloseable {
 
     /** Writes the batches, one per rank; everything past a batch's tokens becomes poison. */
     public void write(List<Batch> batches) {
+        write(tensors, batches);
+    }
+
+    private void write(List<StepTensors> tensors, List<Batch> batches) {
         int m = config.maxTokensPerRank();
         int h = config.shape().hidden();
         int k = config.shape().topK();
@@ -125,7 +167,7 @@ public final class Harness implements AutoCloseable {
                 layer.memory().write(t.topkIds(), Tensor.ofInts(ids, m, k));
                 put(t.topkWeights(), weights);
             }
-            tokenCount(r, batch.tokens());
+            layer.memory().write(t.tokenCount(), Tensor.ofInts(new int[] {batch.tokens()}, 1));
         }
     }
 
@@ -149,8 +191,8 @@ public final class Harness implements AutoCloseable {
             java.util.Arrays.fill(fill, initial);
             put(t.out(), fill);
         }
-        layer.enqueue(0L, step);
-        layer.synchronize(0L);
+        layer.enqueue(stream, step);
+        layer.synchronize(stream);
         layer.check();
         return outputs();
     }
@@ -164,6 +206,10 @@ public final class Harness implements AutoCloseable {
     }
 
     public float[][][] outputs() {
+        return outputs(tensors);
+    }
+
+    private float[][][] outputs(List<StepTensors> tensors) {
         int m = config.maxTokensPerRank();
         int h = config.shape().hidden();
         float[][][] out = new float[config.ranks()][m][h];

@@ -21,12 +21,25 @@ public abstract class MoeLayerContract {
 
     protected abstract String backend();
 
+    /** The stream steps are enqueued on. */
+    protected long stream() {
+        return 0L;
+    }
+
     protected MoeConfig.Builder config(MoeShape shape, long seed) {
         return MoeConfig.builder()
                 .weights(RandomWeights.of(shape, seed))
                 .backend(backend())
                 .hiddenDType(DType.F32)
                 .maxTokensPerRank(24);
+    }
+
+    protected Harness harness(MoeConfig config) {
+        return new Harness(config, false, stream());
+    }
+
+    private Harness harness(MoeConfig config, boolean accumulate) {
+        return new Harness(config, accumulate, stream());
     }
 
     private static void assertSameBits(float[] got, float[] want, String what) {
@@ -42,7 +55,7 @@ public abstract class MoeLayerContract {
     @CsvSource({"1,1", "2,1", "3,2", "4,4", "5,8"})
     void shouldPermuteTheOutputBitwiseWhenTokensArePermutedOverSlotsAndRanks(long seed, int ranks) {
         Batch all = Harness.random(SHAPE, 20, seed);
-        try (Harness one = new Harness(config(SHAPE, seed).ranks(ranks).build())) {
+        try (Harness one = harness(config(SHAPE, seed).ranks(ranks).build())) {
             int[][] first = Harness.spread(20, ranks, seed);
             int[][] second = Harness.spread(20, ranks, seed + 100);
             float[][] a = gather(one.run(batches(all, first)), first, 20);
@@ -57,7 +70,7 @@ public abstract class MoeLayerContract {
     @ValueSource(longs = {11, 12, 13})
     void shouldGiveTheSameRowsBitwiseWhenABatchIsSplit(long seed) {
         Batch all = Harness.random(SHAPE, 24, seed);
-        try (Harness layer = new Harness(config(SHAPE, seed).build())) {
+        try (Harness layer = harness(config(SHAPE, seed).build())) {
             float[][] whole = layer.run(all);
             int cut = 1 + (int) (seed % 23);
             for (int t = 0; t < 24; t++) {
@@ -83,7 +96,7 @@ public abstract class MoeLayerContract {
                 bad.weights()[t][random.nextInt(SHAPE.topK())] = Float.NaN;
             }
         }
-        try (Harness layer = new Harness(config(SHAPE, seed).ranks(ranks).build())) {
+        try (Harness layer = harness(config(SHAPE, seed).ranks(ranks).build())) {
             int[][] where = Harness.spread(10, ranks, seed);
             float[][] alone = gather(layer.run(batches(good, where)), where, 10);
             int[][] mixed = Harness.spread(20, ranks, seed + 5);
@@ -103,7 +116,7 @@ public abstract class MoeLayerContract {
         for (int[] ids : batch.ids()) {
             java.util.Arrays.fill(ids, -1);
         }
-        try (Harness layer = new Harness(config(SHAPE, seed).ranks(ranks).build())) {
+        try (Harness layer = harness(config(SHAPE, seed).ranks(ranks).build())) {
             float[][][] out = layer.run(batches(batch, Harness.spread(6, ranks, seed)));
             int[][] where = Harness.spread(6, ranks, seed);
             for (int t = 0; t < 6; t++) {
@@ -122,10 +135,9 @@ public abstract class MoeLayerContract {
             java.util.Arrays.fill(ids, -1);
         }
         RandomWeights weights = RandomWeights.of(shape, 32).withSharedGate();
-        try (Harness full = new Harness(config(shape, 32).weights(weights).build());
+        try (Harness full = harness(config(shape, 32).weights(weights).build());
                 Harness routed =
-                        new Harness(
-                                config(shape, 32).weights(weights).sharedExpert(false).build())) {
+                        harness(config(shape, 32).weights(weights).sharedExpert(false).build())) {
             float[][] both = full.run(batch);
             float[][] shared = full.run(none);
             float[][] experts = routed.run(batch);
@@ -150,7 +162,7 @@ public abstract class MoeLayerContract {
             once.ids()[t][1] = -1;
             once.weights()[t][0] *= 2;
         }
-        try (Harness layer = new Harness(config(shape, seed).build())) {
+        try (Harness layer = harness(config(shape, seed).build())) {
             float[][] a = layer.run(once);
             float[][] b = layer.run(twice);
             for (int t = 0; t < 8; t++) {
@@ -179,7 +191,7 @@ public abstract class MoeLayerContract {
                         .weights(Harness.scalingExperts(shape, ones))
                         .ranks(ranks)
                         .build();
-        try (Harness layer = new Harness(config)) {
+        try (Harness layer = harness(config)) {
             int[][] where = Harness.spread(16, ranks, seed);
             float[][] out = gather(layer.run(batches(batch, where)), where, 16);
             for (int t = 0; t < 16; t++) {
@@ -216,7 +228,7 @@ public abstract class MoeLayerContract {
                         .weights(Harness.scalingExperts(shape, factors))
                         .ranks(ranks)
                         .build();
-        try (Harness layer = new Harness(config)) {
+        try (Harness layer = harness(config)) {
             int[][] where = Harness.spread(24, ranks, seed);
             float[][] out = gather(layer.run(batches(batch, where)), where, 24);
             for (int t = 0; t < 24; t++) {
@@ -246,7 +258,7 @@ public abstract class MoeLayerContract {
             dirty.ids()[t][k] = garbage[planted++ % garbage.length];
             clean.ids()[t][k] = -1; // dropping equals skipping
         }
-        try (Harness layer = new Harness(config(SHAPE, seed).ranks(ranks).build())) {
+        try (Harness layer = harness(config(SHAPE, seed).ranks(ranks).build())) {
             int[][] where = Harness.spread(18, ranks, seed);
             float[][] a = gather(layer.run(batches(clean, where)), where, 18);
             assertThat(layer.layer.counters().droppedIds()).isZero();
@@ -261,11 +273,11 @@ public abstract class MoeLayerContract {
     @Test
     void shouldClampAndCountTokensAboveTheMaximum() {
         Batch batch = Harness.random(SHAPE, 24, 81);
-        try (Harness layer = new Harness(config(SHAPE, 81).build())) {
+        try (Harness layer = harness(config(SHAPE, 81).build())) {
             float[][] full = layer.run(batch);
             layer.tokenCount(0, 1000);
-            layer.layer.enqueue(0L, layer.step());
-            layer.layer.synchronize(0L);
+            layer.layer.enqueue(stream(), layer.step());
+            layer.layer.synchronize(stream());
             float[][] clamped = layer.outputs()[0];
             for (int t = 0; t < 24; t++) {
                 assertSameBits(clamped[t], full[t], "token " + t);
@@ -277,7 +289,7 @@ public abstract class MoeLayerContract {
     @Test
     void shouldLeaveRowsPastTheTokenCountUntouchedAndAcceptZeroAndNegativeCounts() {
         Batch batch = Harness.random(SHAPE, 3, 91);
-        try (Harness layer = new Harness(config(SHAPE, 91).ranks(2).build())) {
+        try (Harness layer = harness(config(SHAPE, 91).ranks(2).build())) {
             float[][][] out = layer.run(List.of(batch, Batch.empty()), 77f);
             assertThat(out[0][2]).isNotEqualTo(constant(77f));
             for (int t = 3; t < 24; t++) {
@@ -287,8 +299,8 @@ public abstract class MoeLayerContract {
             float[][][] none = layer.run(List.of(Batch.empty(), Batch.empty()), 5f);
             assertThat(none[0][0]).isEqualTo(constant(5f));
             layer.tokenCount(0, -7);
-            layer.layer.enqueue(0L, layer.step());
-            layer.layer.synchronize(0L);
+            layer.layer.enqueue(stream(), layer.step());
+            layer.layer.synchronize(stream());
             assertThat(layer.outputs()[0][0]).isEqualTo(constant(5f));
         }
     }
@@ -296,7 +308,7 @@ public abstract class MoeLayerContract {
     @Test
     void shouldRepeatBitwiseWhateverRanInBetween() {
         Batch batch = Harness.random(SHAPE, 9, 101);
-        try (Harness layer = new Harness(config(SHAPE, 101).ranks(4).build())) {
+        try (Harness layer = harness(config(SHAPE, 101).ranks(4).build())) {
             int[][] where = Harness.spread(9, 4, 101);
             float[][] first = gather(layer.run(batches(batch, where)), where, 9);
             SplittableRandom random = new SplittableRandom(101);
@@ -321,7 +333,7 @@ public abstract class MoeLayerContract {
                 weights[k] *= 8;
             }
         }
-        try (Harness layer = new Harness(config(SHAPE, 111).ranks(2).build())) {
+        try (Harness layer = harness(config(SHAPE, 111).ranks(2).build())) {
             int[][] where = Harness.spread(12, 2, 111);
             float[][] a = gather(layer.run(batches(batch, where)), where, 12);
             float[][] b = gather(layer.run(batches(scaled, where)), where, 12);
@@ -336,8 +348,8 @@ public abstract class MoeLayerContract {
     @Test
     void shouldAddToTheOutputWhenAccumulating() {
         Batch batch = Harness.random(SHAPE, 7, 121);
-        try (Harness plain = new Harness(config(SHAPE, 121).build());
-                Harness residual = new Harness(config(SHAPE, 121).build(), true)) {
+        try (Harness plain = harness(config(SHAPE, 121).build());
+                Harness residual = harness(config(SHAPE, 121).build(), true)) {
             float[][] alone = plain.run(batch);
             float[][] added = residual.run(List.of(batch), 0.5f)[0];
             for (int t = 0; t < 7; t++) {
@@ -352,9 +364,8 @@ public abstract class MoeLayerContract {
     @CsvSource({"F32,F32", "F16,F32", "F16,F16", "BF16,F32", "BF16,BF16"})
     void shouldAgreeOverAllActivationTypes(DType in, DType out) {
         Batch batch = Harness.random(SHAPE, 7, 131); // exact in every type
-        try (Harness reference = new Harness(config(SHAPE, 131).build());
-                Harness typed =
-                        new Harness(config(SHAPE, 131).hiddenDType(in).outDType(out).build())) {
+        try (Harness reference = harness(config(SHAPE, 131).build());
+                Harness typed = harness(config(SHAPE, 131).hiddenDType(in).outDType(out).build())) {
             float[][] want = reference.run(batch);
             float[][] got = typed.run(batch);
             double step = out == DType.F32 ? 0 : out == DType.F16 ? 0x1p-11 : 0x1p-8;
@@ -388,7 +399,7 @@ public abstract class MoeLayerContract {
                         .weights(Harness.scalingExperts(shape, factors))
                         .ranks(ranks)
                         .build();
-        try (Harness layer = new Harness(config)) {
+        try (Harness layer = harness(config)) {
             int[][] where = Harness.spread(24, ranks, 141);
             float[][] out = gather(layer.run(batches(batch, where)), where, 24);
             for (int t = 0; t < 24; t++) {
@@ -403,23 +414,78 @@ public abstract class MoeLayerContract {
     @Test
     void shouldRunPhasesOneByOneWithTheSameResultAndRefuseThemOutOfOrder() {
         Batch batch = Harness.random(SHAPE, 5, 151);
-        try (Harness layer = new Harness(config(SHAPE, 151).build())) {
+        try (Harness layer = harness(config(SHAPE, 151).build())) {
             float[][] whole = layer.run(batch);
             layer.write(List.of(batch));
             assertThatThrownBy(
                             () ->
                                     layer.layer.enqueue(
-                                            0L, layer.step(), Phase.EXPERTS, Phase.COMBINE_RECV))
+                                            stream(),
+                                            layer.step(),
+                                            Phase.EXPERTS,
+                                            Phase.COMBINE_RECV))
                     .isInstanceOf(IllegalStateException.class)
                     .hasMessageContaining("EXPERTS")
                     .hasMessageContaining("ROUTE");
             for (Phase phase : Phase.values()) {
-                layer.layer.enqueue(0L, layer.step(), phase, phase);
+                layer.layer.enqueue(stream(), layer.step(), phase, phase);
             }
-            layer.layer.synchronize(0L);
+            layer.layer.synchronize(stream());
             float[][] pieces = layer.outputs()[0];
             for (int t = 0; t < 5; t++) {
                 assertSameBits(pieces[t], whole[t], "token " + t);
+            }
+        }
+    }
+
+    @Test
+    void shouldReplayACapturedStepWithAnyTokensAndAnyRouting() {
+        try (Harness layer = harness(config(SHAPE, 171).ranks(2).handles(2).build());
+                MoeGraph graph = layer.layer.capture(stream(), layer.step())) {
+            assertThat(graph.nodeCount()).isPositive();
+            for (int i = 0; i < 12; i++) {
+                int tokens = new int[] {24, 1, 0, 3}[i % 4];
+                Batch batch = Harness.random(SHAPE, tokens, 1710 + i);
+                int[][] where = Harness.spread(tokens, 2, i);
+                float[][] eager = gather(layer.run(batches(batch, where)), where, tokens);
+                layer.write(batches(batch, where));
+                graph.launch(stream());
+                layer.layer.synchronize(stream());
+                float[][] replayed = gather(layer.outputs(), where, tokens);
+                for (int t = 0; t < tokens; t++) {
+                    assertSameBits(replayed[t], eager[t], "replay " + i + " token " + t);
+                }
+            }
+            layer.layer.close();
+            assertThatThrownBy(() -> graph.launch(stream()))
+                    .isInstanceOf(IllegalStateException.class)
+                    .hasMessageContaining("closed");
+        }
+    }
+
+    @Test
+    void shouldInterleaveTwoStepsOnTwoHandles() {
+        MoeConfig config = config(SHAPE, 181).handles(2).build();
+        Batch first = Harness.random(SHAPE, 9, 181);
+        Batch second = Harness.random(SHAPE, 5, 182);
+        try (Harness layer = harness(config)) {
+            float[][] wantFirst = layer.run(first);
+            float[][] wantSecond = layer.run(second);
+            Harness.Second other = layer.second(1);
+            layer.write(List.of(first));
+            other.write(second);
+            for (Phase phase : Phase.values()) {
+                layer.layer.enqueue(stream(), layer.step(), phase, phase);
+                layer.layer.enqueue(stream(), other.step(), phase, phase);
+            }
+            layer.layer.synchronize(stream());
+            float[][] gotFirst = layer.outputs()[0];
+            float[][] gotSecond = other.outputs();
+            for (int t = 0; t < 9; t++) {
+                assertSameBits(gotFirst[t], wantFirst[t], "first " + t);
+            }
+            for (int t = 0; t < 5; t++) {
+                assertSameBits(gotSecond[t], wantSecond[t], "second " + t);
             }
         }
     }

@@ -2,8 +2,10 @@ package io.moe4j.cpu;
 
 import io.moe4j.BackendMemory;
 import io.moe4j.BoundStep;
+import io.moe4j.GraphPart;
 import io.moe4j.MemoryPlan;
 import io.moe4j.MoeConfig;
+import io.moe4j.MoeGraph;
 import io.moe4j.MoeLayer;
 import io.moe4j.Phase;
 import io.moe4j.ProgressListener;
@@ -49,18 +51,30 @@ final class CpuLayer implements MoeLayer {
         CpuExpert[][] experts;
         CpuExpert shared;
         float[] sharedGate;
-        CpuRank[] ranks;
+        Handle[] handles;
         RowBuffer activated;
         ThreadLocal<RouterScratch> routerScratch;
         ThreadLocal<float[]> row;
+    }
+
+    /** The buffers and the epoch of one step in flight. */
+    private static final class Handle {
+        final CpuRank[] ranks;
         long epoch;
         CpuStep stepInFlight;
         Phase nextPhase = Phase.ROUTE;
+
+        Handle(MoeConfig config) {
+            ranks = new CpuRank[config.ranks()];
+            for (int rank = 0; rank < ranks.length; rank++) {
+                ranks[rank] = new CpuRank(config, rank);
+            }
+        }
     }
 
     private record RouterScratch(CpuRouterTopK topK, float[] logits, double[] sums) {}
 
-    private record CpuStep(CpuLayer layer, StepTensors[] ranks) implements BoundStep {}
+    private record CpuStep(CpuLayer layer, StepTensors[] ranks, int handle) implements BoundStep {}
 
     @Override
     public MoeConfig config() {
@@ -111,9 +125,9 @@ final class CpuLayer implements MoeLayer {
 
     private void allocate(State s) {
         s.gemm = new CpuMaskedGemm(config, s.workers);
-        s.ranks = new CpuRank[config.ranks()];
-        for (int rank = 0; rank < s.ranks.length; rank++) {
-            s.ranks[rank] = new CpuRank(config, rank);
+        s.handles = new Handle[config.handles()];
+        for (int handle = 0; handle < s.handles.length; handle++) {
+            s.handles[handle] = new Handle(config);
         }
         s.activated =
                 new RowBuffer(CpuMemoryPlan.maxPackedRows(config), config.shape().intermediate());
@@ -167,8 +181,16 @@ final class CpuLayer implements MoeLayer {
     }
 
     @Override
-    public BoundStep bind(List<StepTensors> ranks) {
+    public BoundStep bind(List<StepTensors> ranks, int handle) {
         requirePrepared();
+        if (handle < 0 || handle >= config.handles()) {
+            throw new IllegalArgumentException(
+                    "handle="
+                            + handle
+                            + " is outside 0.."
+                            + (config.handles() - 1)
+                            + ": open the layer with more handles(...)");
+        }
         if (ranks.size() != config.ranks()) {
             throw new IllegalArgumentException(
                     "got the tensors of "
@@ -191,7 +213,7 @@ final class CpuLayer implements MoeLayer {
                 throw new IllegalArgumentException("rank " + rank + ": " + e.getMessage(), e);
             }
         }
-        return new CpuStep(this, ranks.toArray(StepTensors[]::new));
+        return new CpuStep(this, ranks.toArray(StepTensors[]::new), handle);
     }
 
     private static void requireHost(String name, Tensor tensor) {
@@ -215,28 +237,31 @@ final class CpuLayer implements MoeLayer {
         }
         try {
             State s = requirePrepared();
+            Handle handle = s.handles[cpuStep.handle];
             if (first.compareTo(last) > 0) {
                 throw new IllegalArgumentException("phase " + first + " comes after " + last);
             }
-            if (first != s.nextPhase || (first != Phase.ROUTE && s.stepInFlight != cpuStep)) {
+            if (first != handle.nextPhase
+                    || (first != Phase.ROUTE && handle.stepInFlight != cpuStep)) {
                 throw new IllegalStateException(
                         "phase "
                                 + first
-                                + " cannot run now: the next phase of this layer is "
-                                + s.nextPhase
-                                + (s.stepInFlight == null || s.stepInFlight == cpuStep
+                                + " cannot run now: the next phase of this handle is "
+                                + handle.nextPhase
+                                + (handle.stepInFlight == null || handle.stepInFlight == cpuStep
                                         ? ""
                                         : " of another step"));
             }
-            s.stepInFlight = cpuStep;
+            handle.stepInFlight = cpuStep;
             try {
                 for (int phase = first.ordinal(); phase <= last.ordinal(); phase++) {
-                    run(s, cpuStep, Phase.values()[phase]);
-                    s.nextPhase = Phase.values()[(phase + 1) % Phase.values().length];
+                    run(s, handle, cpuStep, Phase.values()[phase]);
+                    handle.nextPhase = Phase.values()[(phase + 1) % Phase.values().length];
                 }
             } catch (RuntimeException | Error e) {
-                s.nextPhase = Phase.ROUTE; // why: a failed step is over, the next one starts anew
-                s.stepInFlight = null;
+                handle.nextPhase =
+                        Phase.ROUTE; // why: a failed step is over, the next one starts anew
+                handle.stepInFlight = null;
                 throw e;
             }
         } finally {
@@ -244,18 +269,21 @@ final class CpuLayer implements MoeLayer {
         }
     }
 
-    private void run(State s, CpuStep step, Phase phase) {
+    private void run(State s, Handle handle, CpuStep step, Phase phase) {
         switch (phase) {
-            case ROUTE -> route(s, step);
+            case ROUTE -> route(s, handle, step);
             case DISPATCH_SEND ->
                     s.workers.forEach(
                             config.ranks(),
-                            r -> CpuDispatch.send(s.ranks, s.ranks[r], config, s.epoch));
+                            r ->
+                                    CpuDispatch.send(
+                                            handle.ranks, handle.ranks[r], config, handle.epoch));
             case DISPATCH_RECV ->
                     s.workers.forEach(
-                            config.ranks(), r -> CpuDispatch.receive(s.ranks[r], config, s.epoch));
+                            config.ranks(),
+                            r -> CpuDispatch.receive(handle.ranks[r], config, handle.epoch));
             case EXPERTS -> {
-                for (CpuRank rank : s.ranks) {
+                for (CpuRank rank : handle.ranks) {
                     s.gemm.gateUp(s.activated, rank, s.experts[rank.rank]);
                     s.gemm.down(rank, s.activated, s.experts[rank.rank]);
                 }
@@ -263,15 +291,17 @@ final class CpuLayer implements MoeLayer {
             case COMBINE_SEND ->
                     s.workers.forEach(
                             config.ranks(),
-                            r -> CpuCombine.send(s.ranks, s.ranks[r], config, s.epoch));
-            case COMBINE_RECV -> combine(s, step);
+                            r ->
+                                    CpuCombine.send(
+                                            handle.ranks, handle.ranks[r], config, handle.epoch));
+            case COMBINE_RECV -> combine(s, handle, step);
             default -> throw new IllegalArgumentException("phase " + phase);
         }
     }
 
-    private void route(State s, CpuStep step) {
-        s.epoch++;
-        for (CpuRank rank : s.ranks) {
+    private void route(State s, Handle handle, CpuStep step) {
+        handle.epoch++;
+        for (CpuRank rank : handle.ranks) {
             StepTensors tensors = step.ranks[rank.rank];
             rank.tokens = clampTokens(tensors.tokenCount().getInt(0));
             s.workers.forEach(rank.tokens, token -> routeToken(s, tensors, rank, token));
@@ -333,9 +363,9 @@ final class CpuLayer implements MoeLayer {
         }
     }
 
-    private void combine(State s, CpuStep step) {
-        for (CpuRank rank : s.ranks) {
-            CpuDispatch.requireFlags("combine_recv", rank.rank, rank.combineFlags, s.epoch);
+    private void combine(State s, Handle handle, CpuStep step) {
+        for (CpuRank rank : handle.ranks) {
+            CpuDispatch.requireFlags("combine_recv", rank.rank, rank.combineFlags, handle.epoch);
             float[] scale = null;
             if (s.shared != null) {
                 s.gemm.shared(rank, s.shared);
@@ -355,8 +385,8 @@ final class CpuLayer implements MoeLayer {
                                     sharedScale,
                                     s.row.get()));
         }
-        stepsDone = s.epoch;
-        s.stepInFlight = null;
+        stepsDone++;
+        handle.stepInFlight = null;
     }
 
     private float[] sharedScale(State s, CpuRank rank) {
@@ -375,13 +405,25 @@ final class CpuLayer implements MoeLayer {
     }
 
     @Override
+    public MoeGraph capture(long stream, List<GraphPart> parts) {
+        for (GraphPart part : parts) {
+            if (!(part.step() instanceof CpuStep step)) {
+                throw new IllegalArgumentException(
+                        "a step of another backend cannot be captured here: bind it with a CPU layer");
+            }
+            step.layer.requirePrepared();
+        }
+        return new CpuGraph(parts);
+    }
+
+    @Override
     public void synchronize(long stream) {
         requireOpen();
     }
 
     @Override
     public void readRouting(int rank, int[] ids, float[] weights) {
-        CpuRank from = requirePrepared().ranks[rank];
+        CpuRank from = requirePrepared().handles[0].ranks[rank];
         int count = from.tokens * config.shape().topK();
         System.arraycopy(from.topkIds, 0, ids, 0, count);
         System.arraycopy(from.topkWeights, 0, weights, 0, count);
@@ -422,7 +464,7 @@ final class CpuLayer implements MoeLayer {
     void poison(float value, int count) {
         State s = requirePrepared();
         s.activated.fill(value);
-        for (CpuRank rank : s.ranks) {
+        for (CpuRank rank : s.handles[0].ranks) {
             rank.expertOut.fill(value);
             java.util.Arrays.fill(rank.homeRows, value);
             java.util.Arrays.fill(rank.topkIds, count);
@@ -442,7 +484,7 @@ final class CpuLayer implements MoeLayer {
 
     /** For tests: the buffers of a rank. */
     CpuRank rank(int rank) {
-        return requirePrepared().ranks[rank];
+        return requirePrepared().handles[0].ranks[rank];
     }
 
     private State requirePrepared() {

@@ -37,12 +37,13 @@ final class CpuMemoryPlan {
         long i = shape.intermediate();
         long e = shape.experts();
         long k = shape.topK();
+        long n = config.handles();
         long rows = maxPackedRows(config);
         MemoryPlan.Builder plan =
                 new MemoryPlan.Builder(
                         String.format(
-                                "CPU backend: R=%d M=%d H=%d I=%d E=%d L=%d K=%d",
-                                r, m, h, i, e, config.expertsPerRank(), k));
+                                "CPU backend: R=%d M=%d H=%d I=%d E=%d L=%d K=%d handles N=%d",
+                                r, m, h, i, e, config.expertsPerRank(), k, n));
         plan.add("expert weights", "E*3*I*H*4", e, 3, i, h, 4);
         if (config.expertBias()) {
             plan.add("expert biases", "E*(2*I+H)*4", e, 2 * i + h, 4);
@@ -53,16 +54,16 @@ final class CpuMemoryPlan {
         if (config.usesSharedExpert()) {
             long s = shape.sharedIntermediate();
             plan.add("shared expert weights", "3*S*H*4", 3, s, h, 4);
-            plan.add("shared expert activations", "R*M*(S+H)*4", r, m, s + h, 4);
+            plan.add("shared expert activations", "N*R*M*(S+H)*4", n, r, m, s + h, 4);
         }
-        plan.add("home rows", "R*M*H*4", r, m, h, 4);
-        plan.add("routing", "R*M*K*8", r, m, k, 8);
-        plan.add("receive buffer", "R*[R][M][H]*4", r, r, m, h, 4);
-        plan.add("receive headers", "R*[R][M][K]*8", r, r, m, k, 8);
-        plan.add("row lists", "R*(rows+R*M*K)*4, rows=R*M*min(K,L)", r, rows + r * m * k, 4);
+        plan.add("home rows", "N*R*M*H*4", n, r, m, h, 4);
+        plan.add("routing", "N*R*M*K*8", n, r, m, k, 8);
+        plan.add("receive buffer", "N*R*[R][M][H]*4", n, r, r, m, h, 4);
+        plan.add("receive headers", "N*R*[R][M][K]*8", n, r, r, m, k, 8);
+        plan.add("row lists", "N*R*(rows+R*M*K)*4, rows=R*M*min(K,L)", n, r, rows + r * m * k, 4);
         plan.add("activations", "rows*I*4 (shared by virtual ranks)", rows, i, 4);
-        plan.add("expert outputs", "R*rows*H*4", r, rows, h, 4);
-        plan.add("combine buffer", "R*[R][M][H]*4", r, r, m, h, 4);
+        plan.add("expert outputs", "N*R*rows*H*4", n, r, rows, h, 4);
+        plan.add("combine buffer", "N*R*[R][M][H]*4", n, r, r, m, h, 4);
         return plan.build();
     }
 }
