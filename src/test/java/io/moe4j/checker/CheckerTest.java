@@ -110,6 +110,16 @@ class CheckerTest {
     }
 
     @Test
+    void shouldFailWhenRowsPastTheTokenCountWereWritten() {
+        TokenErrors none = new TokenErrors(0, 0);
+        CaseResult result =
+                new CaseResult(
+                        0, 1, 1, "cpu", "oracle", 1, List.of(), 0, none, none, 1e-5, false, "");
+        assertThat(result.pass()).isFalse();
+        assertThat(result.failure()).isEqualTo("rows past the token count were written");
+    }
+
+    @Test
     void shouldNotPassWithoutCases() {
         assertThat(new CheckReport("nothing", List.of()).pass()).isFalse();
     }

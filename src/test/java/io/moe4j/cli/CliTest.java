@@ -177,18 +177,17 @@ class CliTest {
 
     @Test
     void shouldRefuseTheGoldenFileOfAnotherCheckpoint() {
-        String other = GOLDEN.resolve("gpt_oss/golden.safetensors").toString();
-        Run run =
-                run(
-                        "check",
-                        "--checkpoint",
-                        golden("qwen2_moe"),
-                        "--golden",
-                        other,
-                        "--layer",
-                        "9");
+        String other = GOLDEN.resolve("deepseek_v3/golden.safetensors").toString();
+        Run run = run("check", "--checkpoint", golden("qwen3_moe"), "--golden", other);
         assertThat(run.exitCode()).isEqualTo(ExitCodes.BAD_INPUT);
-        assertThat(run.err()).contains("has no case with that layer");
+        assertThat(run.err()).contains("layer1.t1.topk_ids").contains("another checkpoint");
+    }
+
+    @Test
+    void shouldListTheRecordedCasesWhenNoneMatches() {
+        Run run = run("check", "--checkpoint", golden("mixtral"), "--layer", "9");
+        assertThat(run.exitCode()).isEqualTo(ExitCodes.BAD_INPUT);
+        assertThat(run.err()).contains("no case with that layer", "layer 1 with 37 tokens");
     }
 
     @Test
