@@ -44,7 +44,7 @@ public final class CheckpointLayer implements LayerWeights {
         this.rule = rule;
         this.activation = activation;
         this.router = tensors.matrix(family.router(), shape.experts(), shape.hidden());
-        this.routerBias = tensors.vector(family.routerBias(), shape.experts());
+        this.routerBias = tensors.floats(family.routerBias(), shape.experts());
         this.correctionBias = openCorrectionBias(family, tensors);
         ExpertNames names = arrangement(family, tensors);
         this.experts = names.arrangement().open(tensors, names, shape);
@@ -52,7 +52,7 @@ public final class CheckpointLayer implements LayerWeights {
         boolean shared = shape.sharedIntermediate() > 0;
         this.sharedExpert = shared ? openShared(family.shared(), tensors) : null;
         this.sharedExpertGate =
-                shared ? tensors.vector(family.shared().scalarGate(), 1, shape.hidden()) : null;
+                shared ? tensors.floats(family.shared().scalarGate(), 1, shape.hidden()) : null;
         tensors.requireAllUsed(family.name(), shape);
     }
 
@@ -135,7 +135,7 @@ public final class CheckpointLayer implements LayerWeights {
 
     private StoredTensor openCorrectionBias(ModelFamily family, LayerTensors tensors) {
         String name = family.correctionBias();
-        return name != null && tensors.has(name) ? tensors.vector(name, shape.experts()) : null;
+        return name != null && tensors.has(name) ? tensors.floats(name, shape.experts()) : null;
     }
 
     private static ExpertNames arrangement(ModelFamily family, LayerTensors tensors) {

@@ -175,8 +175,8 @@ enum ExpertArrangement {
         static Biases open(LayerTensors tensors, ExpertNames names, MoeShape shape) {
             Objects.requireNonNull(names.gateBias(), "gateBias");
             return new Biases(
-                    tensors.vector(names.gateBias(), shape.experts(), 2L * shape.intermediate()),
-                    tensors.vector(names.downBias(), shape.experts(), shape.hidden()),
+                    tensors.floats(names.gateBias(), shape.experts(), 2L * shape.intermediate()),
+                    tensors.floats(names.downBias(), shape.experts(), shape.hidden()),
                     shape);
         }
 

@@ -1,5 +1,6 @@
 package io.moe4j.weights;
 
+import io.moe4j.model.MoeShape;
 import io.moe4j.model.WeightMatrix;
 import java.util.HashSet;
 import java.util.Set;
@@ -58,19 +59,14 @@ final class LayerTensors {
         return folder.tensor(block + name);
     }
 
-    /** A vector of unquantised floats, or null if the name is null. */
-    StoredTensor vector(String name, long... shape) {
+    /** A tensor of unquantised floats, or null if the name is null. */
+    StoredTensor floats(String name, long... shape) {
         if (name == null) {
             return null;
         }
         return need(name)
                 .requireShape(shape)
                 .requireType(SUPPORTED, StoredType.BF16, StoredType.F16, StoredType.F32);
-    }
-
-    /** A tensor of unquantised floats. */
-    StoredTensor floats(String name, long... shape) {
-        return vector(name, shape);
     }
 
     /** A tensor of unsigned bytes. */
@@ -89,7 +85,7 @@ final class LayerTensors {
     }
 
     /** Fails if the block has a tensor that nobody asked for. */
-    void requireAllUsed(String family, Object shape) {
+    void requireAllUsed(String family, MoeShape shape) {
         for (String name : names) {
             if (!used.contains(name)) {
                 throw new CheckpointException(

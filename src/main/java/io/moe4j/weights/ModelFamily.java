@@ -71,7 +71,7 @@ record ModelFamily(
             JsonNode root = mapper.readTree(in);
             ALL = readFamilies(mapper, root.get("families"));
             REFUSED = new HashMap<>();
-            root.get("refused").fields().forEachRemaining(e -> REFUSED.put(e.getKey(), text(e)));
+            root.get("refused").properties().forEach(e -> REFUSED.put(e.getKey(), text(e)));
         } catch (IOException e) {
             throw new ExceptionInInitializerError(e);
         }
