@@ -33,16 +33,26 @@ public final class Moe {
         return choice.provider().open(config, choice.reason());
     }
 
-    /** What {@link #open} and prepare would allocate; needs no weights and allocates nothing. */
+    /**
+     * What {@link #open} and prepare would allocate; needs no weights and allocates nothing. A backend
+     * that is asked for by name is planned for even where it cannot run.
+     */
     public static MemoryPlan plan(MoeConfig config) {
-        return choose(config.backend()).provider().plan(config);
+        return planner(config).plan(config);
     }
 
     /** The largest M whose plan fits the budget; empty if not even one token does. */
     public static OptionalInt largestMaxTokensPerRank(MoeConfig config, long budgetBytes) {
-        BackendProvider provider = choose(config.backend()).provider();
+        BackendProvider provider = planner(config);
         return MemoryPlan.largestMaxTokensPerRank(
                 m -> provider.plan(config.toBuilder().maxTokensPerRank(m).build()), budgetBytes);
+    }
+
+    private static BackendProvider planner(MoeConfig config) {
+        return backends().stream()
+                .filter(provider -> provider.name().equals(config.backend()))
+                .findFirst()
+                .orElseGet(() -> choose(config.backend()).provider());
     }
 
     /** All backends this build knows, the preferred first. */

@@ -115,6 +115,36 @@ public interface MoeLayer extends AutoCloseable {
      */
     void check();
 
+    /**
+     * Number of the last step of a handle whose output is complete; steps of a handle are numbered
+     * from 1 in the order they are enqueued. Reads host memory only; it is not a sync, so the value
+     * may lag behind work that is still running.
+     */
+    long validEpoch(int handle);
+
+    /**
+     * Confirms that a step's output is valid. The caller has waited for the step's stream (or an
+     * event behind it) before.
+     *
+     * @param handle the step's handle
+     * @param epoch the step's number on that handle, from 1
+     * @throws MoeFaultException if the step did not produce a valid output, with the reason
+     */
+    default void result(int handle, long epoch) {
+        check();
+        long valid = validEpoch(handle);
+        if (valid < epoch) {
+            throw new MoeFaultException(
+                    "step "
+                            + epoch
+                            + " of handle "
+                            + handle
+                            + " has no valid output: the last valid one is "
+                            + valid
+                            + "; wait for the stream before asking");
+        }
+    }
+
     /** Allocation and copies in the memory this layer's backend uses. */
     BackendMemory memory();
 

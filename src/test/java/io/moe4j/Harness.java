@@ -252,6 +252,18 @@ public final class Harness implements AutoCloseable {
         return new Batch(hidden, ids, weights);
     }
 
+    /** As {@link #random}, hidden values in {−2, −1, 0, 1, 2}: products stay exact in bfloat16. */
+    public static Batch small(MoeShape shape, int tokens, long seed) {
+        Batch batch = random(shape, tokens, seed);
+        SplittableRandom random = new SplittableRandom(~seed);
+        for (float[] row : batch.hidden()) {
+            for (int j = 0; j < row.length; j++) {
+                row[j] = random.nextInt(-2, 3);
+            }
+        }
+        return batch;
+    }
+
     /** Splits tokens over ranks round-robin by a seed; returns [rank] → token indices. */
     public static int[][] spread(int tokens, int ranks, long seed) {
         SplittableRandom random = new SplittableRandom(seed);

@@ -61,6 +61,7 @@ final class CpuLayer implements MoeLayer {
     private static final class Handle {
         final CpuRank[] ranks;
         long epoch;
+        volatile long validEpoch;
         CpuStep stepInFlight;
         Phase nextPhase = Phase.ROUTE;
 
@@ -386,6 +387,7 @@ final class CpuLayer implements MoeLayer {
                                     s.row.get()));
         }
         stepsDone++;
+        handle.validEpoch = handle.epoch;
         handle.stepInFlight = null;
     }
 
@@ -438,6 +440,11 @@ final class CpuLayer implements MoeLayer {
     @Override
     public void check() {
         requireOpen();
+    }
+
+    @Override
+    public long validEpoch(int handle) {
+        return requirePrepared().handles[handle].validEpoch;
     }
 
     @Override

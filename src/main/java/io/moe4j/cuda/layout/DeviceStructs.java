@@ -118,9 +118,37 @@ public final class DeviceStructs {
                     "ptr w_shared_down",
                     "ptr shared_gate");
 
+    /** One expert's matrices on their way into packed tiles. */
+    public static final CStruct PACK_PARAMS =
+            CStruct.of(
+                    "PackParams",
+                    "ptr first",
+                    "ptr second",
+                    "ptr first_bias",
+                    "ptr second_bias",
+                    "ptr packed",
+                    "ptr packed_bias",
+                    "i32 dtype",
+                    "i32 rows",
+                    "i32 cols",
+                    "i32 row_tiles",
+                    "i32 column_blocks",
+                    "i32 pad0");
+
+    /** The gate that holds a stream shut, for tests. */
+    public static final CStruct GATE_PARAMS =
+            CStruct.of("GateParams", "ptr word", "u64 timeout_ns");
+
     /** All structs, for the test that compares them with the compiler's. */
     public static final List<CStruct> ALL =
-            List.of(ERROR_RECORD, SOFT_COUNTERS, RANK_VIEW, LOCAL_RANK, STEP_PARAMS);
+            List.of(
+                    ERROR_RECORD,
+                    SOFT_COUNTERS,
+                    RANK_VIEW,
+                    LOCAL_RANK,
+                    STEP_PARAMS,
+                    PACK_PARAMS,
+                    GATE_PARAMS);
 
     private DeviceStructs() {}
 }
