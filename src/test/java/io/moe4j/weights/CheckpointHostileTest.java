@@ -285,7 +285,7 @@ class CheckpointHostileTest {
         olmoeConfig(2);
         layerRefused()
                 .hasMessageContaining(BLOCK + "experts.2.gate_proj.weight")
-                .hasMessageContaining("has no place in a olmoe layer");
+                .hasMessageContaining("has no place in a layer of family olmoe");
     }
 
     @Test
