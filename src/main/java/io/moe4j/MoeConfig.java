@@ -23,6 +23,7 @@ import java.util.Locale;
  * @param sharedExpert whether to add the shared expert's output, if the layer has one
  * @param backend {@code auto}, {@code cpu} or {@code cuda}
  * @param threads CPU backend: worker threads
+ * @param handles steps that may be in flight at once; each handle has its own buffers and epochs
  * @param weights where the weights come from; null for planning only
  */
 public record MoeConfig(
@@ -38,6 +39,7 @@ public record MoeConfig(
         boolean sharedExpert,
         String backend,
         int threads,
+        int handles,
         LayerWeights weights) {
     /** Most ranks in one group. */
     public static final int MAX_RANKS = 64;
@@ -78,6 +80,9 @@ public record MoeConfig(
                 backend.equals("auto") || backend.equals("cpu") || backend.equals("cuda"),
                 "backend=" + backend + " is unknown: use auto, cpu or cuda");
         require(threads >= 1, "threads=" + threads + " is not positive");
+        require(
+                handles >= 1 && handles <= 16,
+                "handles=" + handles + " is outside 1..16: one per step in flight");
         if (weights != null) {
             require(
                     weights.shape().equals(shape),
@@ -113,6 +118,7 @@ public record MoeConfig(
         builder.sharedExpert = sharedExpert;
         builder.backend = backend;
         builder.threads = threads;
+        builder.handles = handles;
         builder.weights = weights;
         return builder;
     }
@@ -158,6 +164,7 @@ public record MoeConfig(
         private boolean sharedExpert = true;
         private String backend = "auto";
         private int threads = Runtime.getRuntime().availableProcessors();
+        private int handles = 1;
         private LayerWeights weights;
 
         private Builder() {}
@@ -244,6 +251,12 @@ public record MoeConfig(
             return this;
         }
 
+        /** Steps that may be in flight at once; 1 if not set. */
+        public Builder handles(int value) {
+            handles = value;
+            return this;
+        }
+
         /**
          * Validates and returns the configuration.
          *
@@ -263,6 +276,7 @@ public record MoeConfig(
                     sharedExpert,
                     backend,
                     threads,
+                    handles,
                     weights);
         }
     }

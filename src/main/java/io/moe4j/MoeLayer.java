@@ -37,15 +37,23 @@ public interface MoeLayer extends AutoCloseable {
     /** As {@link #prepare()}, reporting each expert as its weights are packed. */
     void prepare(ProgressListener progress);
 
+    /** As {@link #bind(List, int)} with handle 0. */
+    default BoundStep bind(List<StepTensors> ranks) {
+        return bind(ranks, 0);
+    }
+
     /**
-     * Validates the tensors of all local ranks and binds them to this layer.
+     * Validates the tensors of all local ranks and binds them to this layer and one of its handles.
+     * Steps that share a handle must be ordered by their stream; steps that are in flight together
+     * (two micro-batches, say) need different handles.
      *
      * @param ranks one element per local rank, in rank order
+     * @param handle 0 to {@code config().handles() − 1}: which set of buffers and epochs to use
      * @throws IllegalArgumentException if the number of ranks, a dtype, a shape or the kind of
      *     memory does not fit; names the tensor and the cure
      * @throws IllegalStateException before prepare or after close
      */
-    BoundStep bind(List<StepTensors> ranks);
+    BoundStep bind(List<StepTensors> ranks, int handle);
 
     /**
      * Runs all phases of a step. On CUDA the call only enqueues work on {@code stream} and returns;
@@ -62,14 +70,40 @@ public interface MoeLayer extends AutoCloseable {
 
     /**
      * Runs the phases from {@code first} to {@code last}, both included. A step's phases must be
-     * enqueued in order and completely before the next step begins.
+     * enqueued in order and completely before the next step of its handle begins.
      *
      * @throws IllegalStateException if {@code first} does not follow the phase enqueued last
      */
     void enqueue(long stream, BoundStep step, Phase first, Phase last);
 
+    /**
+     * Captures phases of one or several steps as a graph, without running them. The steps may
+     * belong to several layers of this backend; the order of the parts is the order of execution.
+     *
+     * @param stream a CUstream handle that is not capturing (not the legacy default stream); 0 on
+     *     the CPU backend
+     * @throws IllegalArgumentException if a step belongs to another backend
+     * @throws IllegalStateException if a layer is closed or a capture is already under way
+     */
+    MoeGraph capture(long stream, List<GraphPart> parts);
+
+    /** Captures one whole step. */
+    default MoeGraph capture(long stream, BoundStep step) {
+        return capture(stream, List.of(GraphPart.whole(step)));
+    }
+
     /** Waits until everything enqueued on {@code stream} is done (debugging and tools only). */
     void synchronize(long stream);
+
+    /**
+     * Debug: copies the routing the last step used, after sanitising, in the order the layer sums
+     * it. Waits for the device; not for use in a step.
+     *
+     * @param rank local rank
+     * @param ids destination, [M, K]; −1 for an id that was dropped; rows from T on stay untouched
+     * @param weights destination, [M, K]
+     */
+    void readRouting(int rank, int[] ids, float[] weights);
 
     /** Counts of tolerated input; reads host memory only, never waits for a device. */
     SoftCounters counters();

@@ -1,0 +1,229 @@
+package io.moe4j.cli;
+
+import io.moe4j.Moe;
+import io.moe4j.MoeConfig;
+import io.moe4j.ProgressListener;
+import io.moe4j.checker.CaseResult;
+import io.moe4j.checker.CheckReport;
+import io.moe4j.checker.Checker;
+import io.moe4j.checker.Float64Oracle;
+import io.moe4j.checker.GoldenFile;
+import io.moe4j.checker.ReferenceCase;
+import io.moe4j.weights.Checkpoint;
+import java.nio.file.Files;
+import java.nio.file.Path;
+import java.util.ArrayList;
+import java.util.List;
+import java.util.Map;
+import java.util.OptionalDouble;
+import java.util.TreeMap;
+import picocli.CommandLine.Command;
+import picocli.CommandLine.Option;
+
+/** {@code moe4j check}: a checkpoint's layers on a backend against recorded or computed output. */
+@Command(
+        name = "check",
+        description = {
+            "Runs a checkpoint's Mixture-of-Experts layers on a backend and compares routing and"
+                    + " outputs, token by token, with a golden file or with a float64 reference."
+        },
+        footer = {
+            "",
+            "Without a golden file, seeded random hidden states go through the backend and"
+                    + " through the float64 reference. An error is the relative L2 distance of the worst token."
+        })
+final class CheckCommand extends BaseCommand {
+    private static final int ORACLE_TOKENS = 32;
+
+    @Option(
+            names = "--checkpoint",
+            paramLabel = "DIR",
+            required = true,
+            description = "Hugging Face folder with config.json and safetensors files.")
+    private Path folder;
+
+    @Option(
+            names = "--golden",
+            paramLabel = "FILE",
+            description = "Recorded cases (default: golden.safetensors in the folder, if there).")
+    private Path goldenPath;
+
+    @Option(
+            names = "--oracle",
+            description = "Compare with the float64 reference even if there is a golden file.")
+    private boolean oracle;
+
+    @Option(
+            names = "--layer",
+            paramLabel = "N",
+            description = "Check this layer only (default: all Mixture-of-Experts layers).")
+    private Integer layer;
+
+    @Option(
+            names = "--ranks",
+            paramLabel = "R",
+            split = ",",
+            defaultValue = "1,4",
+            description = "Numbers of ranks to check, comma-separated (default: ${DEFAULT-VALUE}).")
+    private List<Integer> ranks;
+
+    @Option(
+            names = "--backend",
+            defaultValue = "auto",
+            description = "One of ${COMPLETION-CANDIDATES} (default: ${DEFAULT-VALUE}).")
+    private BackendName backend;
+
+    @Option(
+            names = "--tokens",
+            paramLabel = "T",
+            description = {
+                "With a golden file: only the cases with T tokens. Otherwise the number of tokens"
+                        + " (default: "
+                        + ORACLE_TOKENS
+                        + ")."
+            })
+    private Integer tokens;
+
+    @Option(
+            names = "--seed",
+            paramLabel = "S",
+            defaultValue = "1",
+            description = "Seed of the random hidden states (default: ${DEFAULT-VALUE}).")
+    private long seed;
+
+    @Option(
+            names = "--tolerance",
+            paramLabel = "X",
+            description = {
+                "Largest relative L2 error of a token (default: cpu "
+                        + Checker.CPU_TOLERANCE
+                        + ", cuda "
+                        + Checker.CUDA_TOLERANCE
+                        + ")."
+            })
+    private Double tolerance;
+
+    @Option(names = "--json", description = "Print JSON.")
+    private boolean json;
+
+    @Override
+    public Integer call() {
+        requireUsable();
+        Moe.Choice choice = Moe.choose(backend.toString());
+        try (Checkpoint checkpoint = Checkpoint.open(LayerSource.folder(folder))) {
+            Map<Integer, List<ReferenceCase>> cases =
+                    usesGolden() ? goldenCases(checkpoint) : oracleCases(checkpoint);
+            CheckReport report = run(checkpoint, cases);
+            if (json) {
+                out().println(report.toJson());
+            } else {
+                out().printf("%s%n%s%n%n", folder, choice.reason());
+                out().print(report.table());
+                out().printf("%n%s%n", report.verdict());
+            }
+            out().flush();
+            return report.pass() ? ExitCodes.OK : ExitCodes.MISMATCH;
+        }
+    }
+
+    private void requireUsable() {
+        if (oracle && goldenPath != null) {
+            throw new IllegalArgumentException("--oracle and --golden exclude each other");
+        }
+        if (tokens != null && tokens < 1) {
+            throw new IllegalArgumentException("--tokens=" + tokens + " is not positive");
+        }
+        if (tolerance != null && !(tolerance >= 0)) {
+            throw new IllegalArgumentException("--tolerance=" + tolerance + " is not 0 or more");
+        }
+    }
+
+    private boolean usesGolden() {
+        if (goldenPath == null && !oracle) {
+            Path beside = folder.resolve("golden.safetensors");
+            goldenPath = Files.exists(beside) ? beside : null;
+        }
+        return goldenPath != null;
+    }
+
+    private Map<Integer, List<ReferenceCase>> goldenCases(Checkpoint checkpoint) {
+        Map<Integer, List<ReferenceCase>> cases = new TreeMap<>();
+        try (GoldenFile golden = GoldenFile.open(goldenPath)) {
+            for (GoldenFile.Entry entry : golden.entries()) {
+                if ((layer == null || layer == entry.layer())
+                        && (tokens == null || tokens == entry.tokens())) {
+                    cases.computeIfAbsent(entry.layer(), n -> new ArrayList<>())
+                            .add(golden.read(entry, checkpoint.layer(entry.layer()).shape()));
+                }
+            }
+            if (cases.isEmpty()) {
+                throw new IllegalArgumentException(
+                        goldenPath
+                                + " has no case with that layer and token count; it has "
+                                + golden.entries()
+                                + ": choose one of them, or use --oracle");
+            }
+        }
+        return cases;
+    }
+
+    private Map<Integer, List<ReferenceCase>> oracleCases(Checkpoint checkpoint) {
+        Map<Integer, List<ReferenceCase>> cases = new TreeMap<>();
+        List<Integer> layers = layer == null ? checkpoint.moeLayers() : List.of(layer);
+        int count = tokens == null ? ORACLE_TOKENS : tokens;
+        try (ConsoleProgress progress = new ConsoleProgress("reference")) {
+            for (int number : layers) {
+                MoeConfig config = checkpoint.layer(number).config().build();
+                float[] hidden = Checker.randomHidden(seed, number, count, config.shape().hidden());
+                ReferenceCase expected = Float64Oracle.of(config).expect(number, hidden, count);
+                cases.put(number, List.of(expected));
+                progress.progress(cases.size(), layers.size());
+            }
+        }
+        return cases;
+    }
+
+    private CheckReport run(Checkpoint checkpoint, Map<Integer, List<ReferenceCase>> cases) {
+        Checker checker =
+                new Checker(
+                        tolerance == null ? OptionalDouble.empty() : OptionalDouble.of(tolerance));
+        List<CaseResult> results = new ArrayList<>();
+        int parts = cases.size() * ranks.size();
+        int part = 0;
+        try (ConsoleProgress progress = new ConsoleProgress("checking")) {
+            for (Map.Entry<Integer, List<ReferenceCase>> entry : cases.entrySet()) {
+                MoeConfig config =
+                        checkpoint
+                                .layer(entry.getKey())
+                                .config()
+                                .backend(backend.toString())
+                                .build();
+                for (int count : ranks) {
+                    ProgressListener packing = progress.part(part++, parts);
+                    results.addAll(
+                            checker.check(config, entry.getValue(), count, this::repeat, packing));
+                }
+            }
+        }
+        return new CheckReport(folder.toString(), results);
+    }
+
+    private String repeat(ReferenceCase reference, int count, String backendName) {
+        StringBuilder command = new StringBuilder();
+        command.append(LayerSource.shellQuote(toolName())).append(" check --checkpoint ");
+        command.append(LayerSource.shellQuote(folder.toString()));
+        if (goldenPath != null) {
+            command.append(" --golden ").append(LayerSource.shellQuote(goldenPath.toString()));
+        } else {
+            command.append(" --oracle --seed ").append(seed);
+        }
+        command.append(" --layer ").append(reference.layer());
+        command.append(" --ranks ").append(count);
+        command.append(" --tokens ").append(reference.tokens());
+        command.append(" --backend ").append(backendName);
+        if (tolerance != null) {
+            command.append(" --tolerance ").append(tolerance);
+        }
+        return command.toString();
+    }
+}

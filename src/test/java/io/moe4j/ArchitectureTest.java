@@ -1,0 +1,104 @@
+package io.moe4j;
+
+import static com.tngtech.archunit.lang.syntax.ArchRuleDefinition.noClasses;
+import static com.tngtech.archunit.library.dependencies.SlicesRuleDefinition.slices;
+
+import com.tngtech.archunit.core.importer.ImportOption;
+import com.tngtech.archunit.junit.AnalyzeClasses;
+import com.tngtech.archunit.junit.ArchTest;
+import com.tngtech.archunit.lang.ArchRule;
+
+/**
+ * The package arrows run one way: cli → checker → {root, weights}; cpu, cuda → root; weights → root
+ * → model → tensor. Backends are found by ServiceLoader, so nobody depends on them.
+ */
+@AnalyzeClasses(packages = "io.moe4j", importOptions = ImportOption.DoNotIncludeTests.class)
+class ArchitectureTest {
+    @ArchTest
+    static final ArchRule packagesHaveNoCycles =
+            slices().matching("io.moe4j.(**)").should().beFreeOfCycles();
+
+    @ArchTest
+    static final ArchRule tensorDependsOnNothingOfOurs =
+            noClasses()
+                    .that()
+                    .resideInAPackage("io.moe4j.tensor")
+                    .should()
+                    .dependOnClassesThat()
+                    .resideInAnyPackage(
+                            "io.moe4j",
+                            "io.moe4j.model..",
+                            "io.moe4j.weights..",
+                            "io.moe4j.cpu..",
+                            "io.moe4j.cuda..",
+                            "io.moe4j.checker..",
+                            "io.moe4j.cli..");
+
+    @ArchTest
+    static final ArchRule modelDependsOnTensorOnly =
+            noClasses()
+                    .that()
+                    .resideInAPackage("io.moe4j.model")
+                    .should()
+                    .dependOnClassesThat()
+                    .resideInAnyPackage(
+                            "io.moe4j",
+                            "io.moe4j.weights..",
+                            "io.moe4j.cpu..",
+                            "io.moe4j.cuda..",
+                            "io.moe4j.checker..",
+                            "io.moe4j.cli..");
+
+    @ArchTest
+    static final ArchRule rootKnowsNoBackendNoFilesAndNoTools =
+            noClasses()
+                    .that()
+                    .resideInAPackage("io.moe4j")
+                    .should()
+                    .dependOnClassesThat()
+                    .resideInAnyPackage(
+                            "io.moe4j.weights..",
+                            "io.moe4j.cpu..",
+                            "io.moe4j.cuda..",
+                            "io.moe4j.checker..",
+                            "io.moe4j.cli..");
+
+    @ArchTest
+    static final ArchRule nobodyDependsOnTheCpuBackend =
+            noClasses()
+                    .that()
+                    .resideOutsideOfPackage("io.moe4j.cpu..")
+                    .should()
+                    .dependOnClassesThat()
+                    .resideInAPackage("io.moe4j.cpu..");
+
+    @ArchTest
+    static final ArchRule backendsReadNoFilesAndKnowNoTools =
+            noClasses()
+                    .that()
+                    .resideInAnyPackage("io.moe4j.cpu..", "io.moe4j.cuda..")
+                    .should()
+                    .dependOnClassesThat()
+                    .resideInAnyPackage(
+                            "io.moe4j.weights..", "io.moe4j.checker..", "io.moe4j.cli..");
+
+    @ArchTest
+    static final ArchRule onlyTheCudaBackendUsesJCudaAndJna =
+            noClasses()
+                    .that()
+                    .resideOutsideOfPackage("io.moe4j.cuda..")
+                    .should()
+                    .dependOnClassesThat()
+                    .resideInAnyPackage("jcuda..", "com.sun.jna..");
+
+    @ArchTest
+    static final ArchRule theCoreNeedsNoLibrary =
+            noClasses()
+                    .that()
+                    .resideInAnyPackage(
+                            "io.moe4j", "io.moe4j.model", "io.moe4j.tensor", "io.moe4j.cpu")
+                    .should()
+                    .dependOnClassesThat()
+                    .resideInAnyPackage(
+                            "com.fasterxml..", "picocli..", "me.tongfei..", "jcuda..", "com.sun..");
+}
