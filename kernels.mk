@@ -1,0 +1,19 @@
+# GPU kernels: one module per target, into the class path. Included by the Makefile.
+NVCC ?= nvcc
+KERNEL_DIR := target/classes/io/moe4j/kernels
+KERNEL_SOURCES := $(shell find src/main/cuda -type f)
+
+.PHONY: kernels step-test
+
+kernels: $(KERNEL_DIR)/.built
+
+$(KERNEL_DIR)/.built: $(KERNEL_SOURCES)
+	@sh src/main/cuda/build.sh $(KERNEL_DIR) $(NVCC)
+	@mkdir -p $(KERNEL_DIR) && touch $@
+
+# The whole step without a JVM, for the GPU machine and compute-sanitizer.
+step-test: target/step_main
+
+target/step_main: src/test/cuda/step_main.cu $(KERNEL_SOURCES)
+	@mkdir -p target
+	$(NVCC) -std=c++17 -O3 -lineinfo -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_80,code=compute_80 -o $@ $<

@@ -1,0 +1,13 @@
+# Reads `ptxas -v`; fails if a kernel of kernels.def (first file) is missing, spills or has a stack.
+# why: a stack may force a resize at launch, which waits for a kernel that spins for its peer.
+FNR == NR { if ($0 !~ /^#/ && NF > 0) wanted[$1] = 1; next }
+/Function properties for/ { name = $NF }
+/bytes stack frame/ {
+    seen[name] = 1
+    if ($1 != 0 || $5 != 0 || $9 != 0) { print "kernel " name ": " $0; bad = 1 }
+}
+END {
+    for (symbol in wanted) if (!(symbol in seen)) { print "kernel " symbol " of kernels.def is not in the module"; bad = 1 }
+    for (symbol in seen) if (!(symbol in wanted)) { print "kernel " symbol " is not in kernels.def"; bad = 1 }
+    exit bad
+}

@@ -1,0 +1,46 @@
+// Parameters of the kernels outside a step: packing and filling weights, the gate of a test.
+#pragma once
+#include "step_params.cuh"
+
+namespace moe {
+
+// One expert. gate_up: first = gate [rows][cols], second = up; rows = I, cols = H. down: first =
+// down [rows][cols]; rows = H, cols = I. row_tiles and column_blocks are those of the packed form.
+struct PackParams {
+    const void* first;        // row-major, dtype
+    const void* second;       // gate_up only
+    const float* first_bias;  // [rows] or null
+    const float* second_bias; // gate_up only, or null
+    __nv_bfloat16* packed;    // this expert's tiles
+    float* packed_bias;       // this expert's [row_tiles * 128] or null; pad entries become zero
+    int32_t dtype;            // DType
+    int32_t rows;
+    int32_t cols;
+    int32_t row_tiles;
+    int32_t column_blocks;
+    int32_t pad0;
+};
+static_assert(sizeof(PackParams) == 72, "Java twin");
+
+// Uniform values in [-scale, scale) by a hash of (seed, position); pad rows and columns are zero.
+struct FillParams {
+    __nv_bfloat16* packed;
+    uint64_t seed;
+    int32_t experts;
+    int32_t rows;             // I for gate_up, H for down
+    int32_t cols;             // H for gate_up, I for down
+    int32_t row_tiles;
+    int32_t column_blocks;
+    int32_t gate_up;          // 1: gate_up, 0: down
+    float scale;
+    int32_t pad0;
+};
+static_assert(sizeof(FillParams) == 48, "Java twin");
+
+struct GateParams {
+    const uint32_t* word;     // mapped host word; the gate opens when it is nonzero
+    uint64_t timeout_ns;
+};
+static_assert(sizeof(GateParams) == 16, "Java twin");
+
+}  // namespace moe

@@ -1,0 +1,11 @@
+// All kernels in flow order: one module per target, built from this file.
+#include "kernels/route_logits.cu"
+#include "kernels/route_topk.cu"
+#include "kernels/dispatch_send.cu"
+#include "kernels/dispatch_recv.cu"
+#include "kernels/gate_up_mma.cu"
+#include "kernels/down_mma.cu"
+#include "kernels/combine_send.cu"
+#include "kernels/combine_recv.cu"
+#include "kernels/pack_weights.cu"
+#include "kernels/gate.cu"
