@@ -4,27 +4,22 @@ DEMO_CHECKPOINT ?= src/test/resources/golden/qwen3_moe
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test kernels format clean
+.PHONY: help demo build test format clean
+
+-include kernels.mk bundle.mk native.mk
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) \
-	  | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
+	  | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
 
 demo: build ## build, then run one layer over 4 ranks and compare it with recorded output
 	@bin/moe4j demo --checkpoint $(DEMO_CHECKPOINT) $(DEMO_ARGS)
 
-build: ## compile and package target/moe4j.jar without running tests
+build: kernels ## compile and package target/moe4j.jar without running tests
 	@$(MVN) -B -q -DskipTests package
 
-test: ## run all tests and the format check
+test: kernels ## run all tests and the format check
 	$(MVN) -B verify
-
-kernels: ## compile the CUDA kernels (needs nvcc)
-	@if command -v nvcc >/dev/null; then \
-	  echo "kernels: there are no CUDA kernels to compile yet"; \
-	else \
-	  echo "kernels: nvcc is not on PATH, nothing compiled: install the CUDA toolkit to build them"; \
-	fi
 
 format: ## format all sources
 	@$(MVN) -B -q spotless:apply

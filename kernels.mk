@@ -5,7 +5,7 @@ KERNEL_SOURCES := $(shell find src/main/cuda -type f)
 
 .PHONY: kernels step-test
 
-kernels: $(KERNEL_DIR)/.built
+kernels: $(KERNEL_DIR)/.built ## compile the CUDA kernels (needs nvcc; without it says so)
 
 $(KERNEL_DIR)/.built: $(KERNEL_SOURCES)
 	@sh src/main/cuda/build.sh $(KERNEL_DIR) $(NVCC)

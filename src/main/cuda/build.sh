@@ -37,17 +37,17 @@ check sm_80 "$log"
 
 cp "$source/kernels.def" "$out/kernels.def"
 sha() { sha256sum "$1" | cut -d' ' -f1; }
-entry() {  # file, kind, architecture, how an architecture matches, minimum driver
-    printf '    {"file": "%s", "kind": "%s", "architecture": "%s", "match": "%s", "min_driver": %s, "sha256": "%s"}' \
+entry() {  # file, kind, architecture, how an architecture matches, minimum CUDA version of the driver
+    printf '    {"file": "%s", "kind": "%s", "architecture": "%s", "match": "%s", "min_cuda": %s, "sha256": "%s"}' \
         "$1" "$2" "$3" "$4" "$5" "$(sha "$out/$1")"
 }
-# why 580: PTX needs a driver that knows its ISA version, a cubin any driver of the CUDA major
-# version that built it
+# why 13000: PTX needs a driver that knows its ISA version, a cubin a driver of the CUDA major version
+# that built it (driver 580 for CUDA 13)
 {
     printf '{\n  "nvcc": "%s",\n  "modules": [\n' "$version"
-    entry moe4j-sm_90a.cubin cubin 90 exact 580; printf ',\n'
-    entry moe4j-compute_90a.ptx ptx 90 exact 580; printf ',\n'
-    entry moe4j-compute_80.ptx ptx 80 at_least 580; printf '\n'
+    entry moe4j-sm_90a.cubin cubin 90 exact 13000; printf ',\n'
+    entry moe4j-compute_90a.ptx ptx 90 exact 13000; printf ',\n'
+    entry moe4j-compute_80.ptx ptx 80 at_least 13000; printf '\n'
     printf '  ]\n}\n'
 } > "$out/manifest.json"
 echo "kernels: $(grep -vc '^#' "$source/kernels.def") kernels for sm_90a, compute_90a, compute_80; no spills, no stack (nvcc $version)"

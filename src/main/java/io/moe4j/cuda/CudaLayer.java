@@ -125,7 +125,7 @@ final class CudaLayer implements MoeLayer {
     }
 
     private void allocate(ProgressListener progress) {
-        kernels = own(catalog.load(context));
+        kernels = own(catalog.load(context, config));
         DeviceBuffer weights = own(new DeviceBuffer(context, layout.weights().size()));
         weightsBase = weights.address();
         handles = new CudaHandle[config.handles()];

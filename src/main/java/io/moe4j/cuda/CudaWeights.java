@@ -266,7 +266,7 @@ final class CudaWeights implements AutoCloseable {
                                 0,
                                 stagedBytes,
                                 stream.handle());
-                kernels.tool(kernel)
+                kernels.kernel(kernel)
                         .launch(context.driver(), 1, stream.handle(), params);
                 context.driver().streamSynchronize(stream.handle());
             }

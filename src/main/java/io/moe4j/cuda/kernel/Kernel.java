@@ -1,0 +1,22 @@
+package io.moe4j.cuda.kernel;
+
+import io.moe4j.cuda.driver.Driver;
+import io.moe4j.cuda.driver.KernelParams;
+
+/**
+ * A loaded kernel with its fixed launch configuration.
+ *
+ * @param symbol its name in the module
+ * @param function the driver's handle
+ * @param threads threads of a block
+ * @param dynamicSharedBytes dynamic shared memory of a block
+ * @param gridX blocks; the kernel strides, so any number is correct
+ */
+public record Kernel(
+        String symbol, long function, int threads, int dynamicSharedBytes, int gridX) {
+    /** Enqueues the kernel; {@code gridY} is the number of local ranks. */
+    public void launch(Driver driver, int gridY, long stream, KernelParams params) {
+        driver.launchKernel(
+                function, gridX, gridY, 1, threads, 1, 1, dynamicSharedBytes, stream, params);
+    }
+}

@@ -1,0 +1,131 @@
+package io.moe4j.cuda.kernel;
+
+import io.moe4j.MoeConfig;
+import io.moe4j.Phase;
+import io.moe4j.RoutingInput;
+import io.moe4j.cuda.driver.Context;
+import io.moe4j.cuda.driver.DeviceAttribute;
+import io.moe4j.cuda.driver.KernelModule;
+import io.moe4j.cuda.layout.DeviceLayout;
+import java.util.ArrayList;
+import java.util.EnumMap;
+import java.util.LinkedHashMap;
+import java.util.List;
+import java.util.Map;
+
+/**
+ * A layer's kernels, loaded and resolved: which run in each phase, in order, and with which grid.
+ * Grids depend on the layer's sizes and the GPU alone, never on counts. Owned by a layer.
+ */
+public final class LoadedKernels implements AutoCloseable {
+    private final KernelModule module;
+    private final Map<String, Kernel> bySymbol = new LinkedHashMap<>();
+    private final Map<Phase, Kernel[]> byPhase = new EnumMap<>(Phase.class);
+
+    LoadedKernels(Context context, KernelCatalog catalog, MoeConfig config) {
+        module = new KernelModule(context, catalog.file(), catalog.image());
+        try {
+            int sms = context.attribute(DeviceAttribute.MULTIPROCESSOR_COUNT);
+            for (KernelCatalog.KernelDef def : catalog.defs()) {
+                long function =
+                        def.dynamicSharedBytes() == 0
+                                ? module.function(def.symbol())
+                                : module.function(def.symbol(), def.dynamicSharedBytes());
+                bySymbol.put(
+                        def.symbol(),
+                        new Kernel(
+                                def.symbol(),
+                                function,
+                                def.threads(),
+                                def.dynamicSharedBytes(),
+                                grid(def, config, sms)));
+            }
+            for (Phase phase : Phase.values()) {
+                byPhase.put(phase, flow(phase, config));
+            }
+        } catch (RuntimeException | Error e) {
+            module.close();
+            throw e;
+        }
+    }
+
+    /** The kernels of a phase in launch order: the chain. */
+    private Kernel[] flow(Phase phase, MoeConfig config) {
+        List<String> symbols = new ArrayList<>();
+        switch (phase) {
+            case ROUTE -> {
+                if (config.routingInput() == RoutingInput.HIDDEN) {
+                    symbols.add("moe_route_logits");
+                }
+                symbols.add("moe_route_topk");
+            }
+            case DISPATCH_SEND -> symbols.add("moe_dispatch_send");
+            case DISPATCH_RECV -> {
+                symbols.add("moe_dispatch_recv");
+                symbols.add("moe_dispatch_index");
+            }
+            case EXPERTS -> {
+                if (config.usesSharedExpert()) {
+                    symbols.add("moe_shared_gate_up_mma");
+                    symbols.add("moe_shared_down_mma");
+                }
+                symbols.add("moe_gate_up_mma");
+                symbols.add("moe_down_mma");
+            }
+            case COMBINE_SEND -> symbols.add("moe_combine_send");
+            case COMBINE_RECV -> symbols.add("moe_combine_recv");
+            default -> throw new IllegalArgumentException("phase " + phase);
+        }
+        return symbols.stream().map(this::kernel).toArray(Kernel[]::new);
+    }
+
+    /** The rules of kernels.def. */
+    static int grid(KernelCatalog.KernelDef def, MoeConfig config, int sms) {
+        long m = config.maxTokensPerRank();
+        long chunks = (DeviceLayout.pad(config.shape().hidden()) + 2047) / 2048;
+        long wanted =
+                switch (def.grid()) {
+                    case "logits" ->
+                            clamp((m * config.shape().experts() + 7) / 8, 4L * sms);
+                    case "tokens" -> clamp((m + 3) / 4, 8L * sms);
+                    case "rows" -> clamp(m * chunks, 2L * sms);
+                    case "slots" -> clamp(config.ranks() * m * chunks, 2L * sms);
+                    case "experts" -> clamp(config.expertsPerRank(), 4L * sms);
+                    case "gemm" -> 2L * sms;
+                    case "pack" -> 8L * sms;
+                    case "one" -> 1;
+                    default ->
+                            throw new IllegalStateException(
+                                    "kernel "
+                                            + def.symbol()
+                                            + " has the unknown grid rule "
+                                            + def.grid());
+                };
+        return (int) wanted;
+    }
+
+    private static long clamp(long wanted, long most) {
+        return Math.max(1, Math.min(wanted, most));
+    }
+
+    /** The kernels of a phase, in order. */
+    public Kernel[] of(Phase phase) {
+        return byPhase.get(phase);
+    }
+
+    /** A kernel by its symbol. */
+    public Kernel kernel(String symbol) {
+        Kernel kernel = bySymbol.get(symbol);
+        if (kernel == null) {
+            throw new IllegalStateException(
+                    "the kernel image has no " + symbol + ": it is older than this library");
+        }
+        return kernel;
+    }
+
+    /** Unloads the image. */
+    @Override
+    public void close() {
+        module.close();
+    }
+}
