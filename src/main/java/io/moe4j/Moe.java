@@ -34,8 +34,8 @@ public final class Moe {
     }
 
     /**
-     * What {@link #open} and prepare would allocate; needs no weights and allocates nothing. A backend
-     * that is asked for by name is planned for even where it cannot run.
+     * What {@link #open} and prepare would allocate; needs no weights and allocates nothing. A
+     * backend that is asked for by name is planned for even where it cannot run.
      */
     public static MemoryPlan plan(MoeConfig config) {
         return planner(config).plan(config);

@@ -14,9 +14,9 @@ import java.util.ArrayList;
 import java.util.List;
 
 /**
- * Offers the CUDA backend. Usable where the driver can be loaded, a device of compute capability 8.0
- * or newer is there, and this build has a kernel image for it; otherwise it says what is missing.
- * Uses device 0, or the one named by the system property {@code moe4j.cuda.device}.
+ * Offers the CUDA backend. Usable where the driver can be loaded, a device of compute capability
+ * 8.0 or newer is there, and this build has a kernel image for it; otherwise it says what is
+ * missing. Uses device 0, or the one named by the system property {@code moe4j.cuda.device}.
  */
 public final class CudaBackendProvider implements BackendProvider {
     /** For {@link java.util.ServiceLoader}; loads no native code. */
@@ -61,8 +61,7 @@ public final class CudaBackendProvider implements BackendProvider {
     }
 
     /** Opens a layer on a given driver: the seam for the checked and the recording driver. */
-    static CudaLayer open(
-            Driver driver, KernelCatalog catalog, MoeConfig config, String reason) {
+    static CudaLayer open(Driver driver, KernelCatalog catalog, MoeConfig config, String reason) {
         Context context = new Context(driver, device());
         try {
             return new CudaLayer(config, reason, context, catalog);

@@ -139,8 +139,7 @@ final class CudaHandle implements AutoCloseable {
     }
 
     private int countersOffset(int rank) {
-        return (int) layout.pinned().offset("counters")
-                + rank * DeviceStructs.SOFT_COUNTERS.size();
+        return (int) layout.pinned().offset("counters") + rank * DeviceStructs.SOFT_COUNTERS.size();
     }
 
     @Override

@@ -15,7 +15,6 @@ import io.moe4j.SoftCounters;
 import io.moe4j.StepTensors;
 import io.moe4j.cuda.driver.Context;
 import io.moe4j.cuda.driver.DeviceBuffer;
-import io.moe4j.cuda.driver.Driver;
 import io.moe4j.cuda.driver.GraphExec;
 import io.moe4j.cuda.driver.KernelParams;
 import io.moe4j.cuda.driver.ParamArena;
@@ -26,6 +25,7 @@ import io.moe4j.cuda.kernel.LoadedKernels;
 import io.moe4j.cuda.layout.CStruct;
 import io.moe4j.cuda.layout.DeviceLayout;
 import io.moe4j.cuda.layout.DeviceStructs;
+import io.moe4j.cuda.layout.Region;
 import io.moe4j.tensor.DType;
 import io.moe4j.tensor.Tensor;
 import java.nio.ByteBuffer;
@@ -41,8 +41,8 @@ import java.util.concurrent.locks.ReentrantLock;
 
 /**
  * A layer over R virtual ranks on one GPU. {@code enqueue} launches a fixed list of kernels with
- * one parameter that was packed at bind: no allocation, no copy, no wait, whatever T and the routing
- * are. Owns weights, handles and kernels; the caller owns the stream and its tensors.
+ * one parameter that was packed at bind: no allocation, no copy, no wait, whatever T and the
+ * routing are. Owns weights, handles and kernels; the caller owns the stream and its tensors.
  *
  * <p>Close marks the layer closed at once; memory goes when no graph captured from it is left.
  */
@@ -210,8 +210,7 @@ final class CudaLayer implements MoeLayer {
         try (Scope scope = context.enter()) {
             context.driver().memcpyHtoD(buffer.address(), locals.rewind());
             KernelParams params = arena.params(DeviceStructs.STEP_PARAMS.size());
-            packParams(
-                    DeviceStructs.STEP_PARAMS.writer(params.bytes(0)), buffer.address(), handle);
+            packParams(DeviceStructs.STEP_PARAMS.writer(params.bytes(0)), buffer.address(), handle);
             return new CudaStep(this, handle, params, buffer);
         } catch (RuntimeException | Error e) {
             buffer.close();
@@ -219,8 +218,7 @@ final class CudaLayer implements MoeLayer {
         }
     }
 
-    private void packRank(
-            CStruct.Writer to, int rank, StepTensors tensors, CudaHandle handle) {
+    private void packRank(CStruct.Writer to, int rank, StepTensors tensors, CudaHandle handle) {
         to.put("hidden", address(tensors.hidden()));
         to.put("token_count", address(tensors.tokenCount()));
         to.put("topk_ids", address(tensors.topkIds()));
@@ -593,6 +591,42 @@ final class CudaLayer implements MoeLayer {
     public BackendMemory memory() {
         requireOpen();
         return memory;
+    }
+
+    /**
+     * For tests: fills every buffer that a step must rewrite before it reads; flags, epochs,
+     * arrival counters and totals, which live from step to step, stay.
+     */
+    void poison(byte value) {
+        requirePrepared();
+        List<String> lasting =
+                List.of("dispatch_flags", "combine_flags", "epoch", "arrivals", "totals");
+        try (Scope scope = context.enter()) {
+            context.driver().contextSynchronize();
+            for (CudaHandle handle : handles) {
+                for (int rank = 0; rank < config.ranks(); rank++) {
+                    for (Region.Field field : layout.symmetric().fields()) {
+                        if (!lasting.contains(field.name())) {
+                            context.driver()
+                                    .memsetD8(
+                                            handle.symmetric(rank, field.name()),
+                                            value,
+                                            field.bytes());
+                        }
+                    }
+                    for (Region.Field field : layout.workspace().fields()) {
+                        if (!lasting.contains(field.name())) {
+                            context.driver()
+                                    .memsetD8(
+                                            handle.workspace(rank, field.name()),
+                                            value,
+                                            field.bytes());
+                        }
+                    }
+                }
+            }
+            context.driver().contextSynchronize();
+        }
     }
 
     @Override

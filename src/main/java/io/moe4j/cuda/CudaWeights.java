@@ -139,8 +139,7 @@ final class CudaWeights implements AutoCloseable {
                         .order(ByteOrder.LITTLE_ENDIAN);
         bytes.asFloatBuffer().put(values);
         try (Scope scope = context.enter()) {
-            context.driver()
-                    .memcpyHtoD(base + layout.weights().offset(buffer), bytes);
+            context.driver().memcpyHtoD(base + layout.weights().offset(buffer), bytes);
         }
     }
 
@@ -261,13 +260,8 @@ final class CudaWeights implements AutoCloseable {
             try (Scope scope = context.enter()) {
                 context.driver()
                         .memcpyHtoDAsync(
-                                device.address(),
-                                host.memory(),
-                                0,
-                                stagedBytes,
-                                stream.handle());
-                kernels.kernel(kernel)
-                        .launch(context.driver(), 1, stream.handle(), params);
+                                device.address(), host.memory(), 0, stagedBytes, stream.handle());
+                kernels.kernel(kernel).launch(context.driver(), 1, stream.handle(), params);
                 context.driver().streamSynchronize(stream.handle());
             }
         }

@@ -12,8 +12,7 @@ import io.moe4j.cuda.driver.KernelParams;
  * @param dynamicSharedBytes dynamic shared memory of a block
  * @param gridX blocks; the kernel strides, so any number is correct
  */
-public record Kernel(
-        String symbol, long function, int threads, int dynamicSharedBytes, int gridX) {
+public record Kernel(String symbol, long function, int threads, int dynamicSharedBytes, int gridX) {
     /** Enqueues the kernel; {@code gridY} is the number of local ranks. */
     public void launch(Driver driver, int gridY, long stream, KernelParams params) {
         driver.launchKernel(

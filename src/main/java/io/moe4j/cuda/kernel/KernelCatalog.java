@@ -17,9 +17,9 @@ import java.util.HexFormat;
 import java.util.List;
 
 /**
- * The kernel image of this build that fits a device, and the list of kernels in it. Images come from
- * the jar alone and are checked against the manifest's SHA-256 before they are used; nothing is
- * compiled by this library at run time. Immutable.
+ * The kernel image of this build that fits a device, and the list of kernels in it. Images come
+ * from the jar alone and are checked against the manifest's SHA-256 before they are used; nothing
+ * is compiled by this library at run time. Immutable.
  *
  * <p>The system property {@code moe4j.cuda.kernels=ptx} passes over machine code, so that the
  * portable image can be tested on any GPU.
@@ -169,8 +169,9 @@ public final class KernelCatalog {
         return defs;
     }
 
-    byte[] image() {
-        return image;
+    /** A copy of the image, for programs that load kernels of their own choice from it. */
+    public byte[] imageBytes() {
+        return image.clone();
     }
 
     String file() {

@@ -23,7 +23,7 @@ public final class LoadedKernels implements AutoCloseable {
     private final Map<Phase, Kernel[]> byPhase = new EnumMap<>(Phase.class);
 
     LoadedKernels(Context context, KernelCatalog catalog, MoeConfig config) {
-        module = new KernelModule(context, catalog.file(), catalog.image());
+        module = new KernelModule(context, catalog.file(), catalog.imageBytes());
         try {
             int sms = context.attribute(DeviceAttribute.MULTIPROCESSOR_COUNT);
             for (KernelCatalog.KernelDef def : catalog.defs()) {
@@ -85,8 +85,7 @@ public final class LoadedKernels implements AutoCloseable {
         long chunks = (DeviceLayout.pad(config.shape().hidden()) + 2047) / 2048;
         long wanted =
                 switch (def.grid()) {
-                    case "logits" ->
-                            clamp((m * config.shape().experts() + 7) / 8, 4L * sms);
+                    case "logits" -> clamp((m * config.shape().experts() + 7) / 8, 4L * sms);
                     case "tokens" -> clamp((m + 3) / 4, 8L * sms);
                     case "rows" -> clamp(m * chunks, 2L * sms);
                     case "slots" -> clamp(config.ranks() * m * chunks, 2L * sms);

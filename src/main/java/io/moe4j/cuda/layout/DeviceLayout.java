@@ -71,10 +71,7 @@ public final class DeviceLayout {
         weights.add("router", "E*H*4", ownRouter ? e : 0, shape.hidden(), 4);
         weights.add("router_bias", "E*4", ownRouter ? e : 0, 4);
         weights.add(
-                "correction_bias",
-                "E*4",
-                config.routingInput() == RoutingInput.TOPK ? 0 : e,
-                4);
+                "correction_bias", "E*4", config.routingInput() == RoutingInput.TOPK ? 0 : e, 4);
         weights.add("w_shared_gate_up", "2*Sp*Hp*2", shared ? 2 * sp : 0, hp, 2);
         weights.add("w_shared_down", "Hp128*Sp*2", shared ? downRows() : 0, sp, 2);
         weights.add("shared_gate", "H*4", shared ? shape.hidden() : 0, 4);
