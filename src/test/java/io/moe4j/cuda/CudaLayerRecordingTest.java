@@ -1,0 +1,289 @@
+package io.moe4j.cuda;
+
+import static org.assertj.core.api.Assertions.assertThat;
+import static org.assertj.core.api.Assertions.assertThatThrownBy;
+import static org.junit.jupiter.api.Assumptions.assumeTrue;
+
+import io.moe4j.BoundStep;
+import io.moe4j.MoeConfig;
+import io.moe4j.MoeGraph;
+import io.moe4j.Phase;
+import io.moe4j.RoutingInput;
+import io.moe4j.StepTensors;
+import io.moe4j.cuda.driver.Call;
+import io.moe4j.cuda.driver.CheckedDriver;
+import io.moe4j.cuda.driver.CudaException;
+import io.moe4j.cuda.driver.RecordingDriver;
+import io.moe4j.cuda.kernel.KernelCatalog;
+import io.moe4j.model.MoeShape;
+import io.moe4j.model.RandomWeights;
+import io.moe4j.model.RoutingRule;
+import io.moe4j.tensor.DType;
+import io.moe4j.tensor.Tensor;
+import java.util.ArrayList;
+import java.util.List;
+import org.junit.jupiter.api.BeforeEach;
+import org.junit.jupiter.api.Test;
+import org.junit.jupiter.params.ParameterizedTest;
+import org.junit.jupiter.params.provider.EnumSource;
+
+/**
+ * What a layer asks of the driver, without a GPU: the order of launches, and that between prepare
+ * and the end of enqueue nothing waits, allocates or copies pageable memory.
+ */
+class CudaLayerRecordingTest {
+    private static final MoeShape SHAPE = new MoeShape(64, 48, 12, 4, 32);
+    private final RecordingDriver recording = new RecordingDriver();
+    private final CheckedDriver driver = new CheckedDriver(recording, CheckedDriver.Mode.THROW);
+
+    @BeforeEach
+    void needsKernels() {
+        assumeTrue(
+                KernelCatalog.class.getResource("/io/moe4j/kernels/manifest.json") != null,
+                "the kernels are not built: nvcc is not installed");
+    }
+
+    private CudaLayer open(RoutingInput input, int ranks) {
+        MoeConfig config =
+                MoeConfig.builder()
+                        .weights(RandomWeights.of(SHAPE, 1))
+                        .rule(RoutingRule.softmaxTopK(true))
+                        .routingInput(input)
+                        .maxTokensPerRank(16)
+                        .ranks(ranks)
+                        .threads(2)
+                        .handles(2)
+                        .build();
+        return CudaBackendProvider.open(driver, KernelCatalog.choose(driver, 0), config, "test");
+    }
+
+    private List<StepTensors> tensors(CudaLayer layer) {
+        List<StepTensors> all = new ArrayList<>();
+        MoeConfig config = layer.config();
+        for (int rank = 0; rank < config.ranks(); rank++) {
+            Tensor out = device(DType.F32, 16, 64);
+            Tensor hidden = device(DType.BF16, 16, 64);
+            Tensor count = device(DType.I32, 1);
+            all.add(
+                    switch (config.routingInput()) {
+                        case TOPK ->
+                                StepTensors.topk(
+                                        out,
+                                        hidden,
+                                        device(DType.I32, 16, 4),
+                                        device(DType.F32, 16, 4),
+                                        count);
+                        case LOGITS ->
+                                StepTensors.logits(out, hidden, device(DType.F32, 16, 12), count);
+                        case HIDDEN -> StepTensors.hidden(out, hidden, count);
+                    });
+        }
+        return all;
+    }
+
+    private Tensor device(DType dtype, long... shape) {
+        return Tensor.device(recording.foreignMemory(1 << 16), dtype, shape);
+    }
+
+    @ParameterizedTest
+    @EnumSource(RoutingInput.class)
+    void shouldEnqueueKernelsOnlyInAFixedOrder(RoutingInput input) {
+        try (CudaLayer layer = open(input, 2)) {
+            layer.prepare();
+            BoundStep step = layer.bind(tensors(layer));
+            long stream = recording.foreignStream();
+            recording.clearCalls();
+            for (int i = 0; i < 3; i++) {
+                try (CheckedDriver.Zone zone = driver.noSyncZone("enqueue")) {
+                    layer.enqueue(stream, step);
+                }
+            }
+            List<String> flow = new ArrayList<>();
+            if (input == RoutingInput.HIDDEN) {
+                flow.add("moe_route_logits");
+            }
+            flow.addAll(
+                    List.of(
+                            "moe_route_topk",
+                            "moe_dispatch_send",
+                            "moe_dispatch_recv",
+                            "moe_dispatch_index",
+                            "moe_shared_gate_up_mma",
+                            "moe_shared_down_mma",
+                            "moe_gate_up_mma",
+                            "moe_down_mma",
+                            "moe_combine_send",
+                            "moe_combine_recv"));
+            List<String> thrice = new ArrayList<>(flow);
+            thrice.addAll(flow);
+            thrice.addAll(flow);
+            assertThat(recording.launches())
+                    .extracting(RecordingDriver.Launch::kernel)
+                    .isEqualTo(thrice);
+            assertThat(recording.calls())
+                    .extracting(RecordingDriver.Recorded::call)
+                    .containsOnly(Call.CTX_PUSH_CURRENT, Call.CTX_POP_CURRENT, Call.LAUNCH_KERNEL);
+            assertThat(recording.launches()).allMatch(l -> l.stream() == stream);
+        }
+    }
+
+    @Test
+    void shouldReadNoCountFromTheHostWhenBatchesChange() {
+        try (CudaLayer layer = open(RoutingInput.TOPK, 1)) {
+            layer.prepare();
+            BoundStep step = layer.bind(tensors(layer));
+            long stream = recording.foreignStream();
+            recording.clearCalls();
+            layer.enqueue(stream, step);
+            layer.enqueue(stream, step);
+            List<RecordingDriver.Launch> all = recording.launches();
+            int half = all.size() / 2;
+            for (int i = 0; i < half; i++) {
+                RecordingDriver.Launch a = all.get(i);
+                RecordingDriver.Launch b = all.get(half + i);
+                assertThat(b.gridX()).as(a.kernel()).isEqualTo(a.gridX());
+                assertThat(b.paramBytes()).as(a.kernel()).isEqualTo(a.paramBytes());
+            }
+        }
+    }
+
+    @Test
+    void shouldCaptureWithoutRunningAndReplayWithOneCall() {
+        try (CudaLayer layer = open(RoutingInput.TOPK, 2)) {
+            layer.prepare();
+            BoundStep step = layer.bind(tensors(layer));
+            long stream = recording.foreignStream();
+            recording.clearCalls();
+            try (MoeGraph graph = layer.capture(stream, step)) {
+                assertThat(graph.nodeCount()).isEqualTo(10);
+                recording.clearCalls();
+                try (CheckedDriver.Zone zone = driver.noSyncZone("replay")) {
+                    graph.launch(stream);
+                    graph.launch(stream);
+                }
+                assertThat(recording.calls(Call.GRAPH_LAUNCH)).hasSize(2);
+                assertThat(recording.calls())
+                        .extracting(RecordingDriver.Recorded::call)
+                        .containsOnly(
+                                Call.CTX_PUSH_CURRENT, Call.CTX_POP_CURRENT, Call.GRAPH_LAUNCH);
+            }
+        }
+        assertThat(recording.leaks()).isEmpty();
+    }
+
+    @Test
+    void shouldCaptureSinglePhasesForPiecewiseGraphs() {
+        try (CudaLayer layer = open(RoutingInput.TOPK, 1)) {
+            layer.prepare();
+            BoundStep step = layer.bind(tensors(layer));
+            long stream = recording.foreignStream();
+            try (MoeGraph front =
+                            layer.capture(
+                                    stream,
+                                    List.of(
+                                            new io.moe4j.GraphPart(
+                                                    step, Phase.ROUTE, Phase.DISPATCH_RECV)));
+                    MoeGraph back =
+                            layer.capture(
+                                    stream,
+                                    List.of(
+                                            new io.moe4j.GraphPart(
+                                                    step, Phase.EXPERTS, Phase.COMBINE_RECV)))) {
+                assertThat(front.nodeCount()).isEqualTo(4);
+                assertThat(back.nodeCount()).isEqualTo(6);
+            }
+        }
+    }
+
+    @Test
+    void shouldRefuseToPrepareOrBindInsideACapture() {
+        try (CudaLayer layer = open(RoutingInput.TOPK, 1);
+                CudaLayer prepared = open(RoutingInput.TOPK, 1)) {
+            prepared.prepare();
+            long stream = recording.foreignStream();
+            try (var scope = driver.enter(driver.primaryContextRetain(0))) {
+                driver.streamBeginCapture(stream);
+                assertThatThrownBy(layer::prepare)
+                        .isInstanceOf(CudaException.class)
+                        .hasMessageContaining("captur");
+                assertThatThrownBy(() -> prepared.bind(tensors(prepared)))
+                        .isInstanceOf(CudaException.class)
+                        .hasMessageContaining("captur");
+                driver.graphDestroy(driver.streamEndCapture(stream));
+            }
+        }
+    }
+
+    @Test
+    void shouldAllocateWhatThePlanSaysAndGiveEverythingBack() {
+        CudaLayer layer = open(RoutingInput.HIDDEN, 4);
+        assertThat(recording.allocatedBytes()).as("open allocates nothing").isZero();
+        layer.prepare();
+        long planned = layer.plan().totalBytes();
+        assertThat(recording.allocatedBytes())
+                .isBetween(planned, planned + 256L * 60 * 4 * 2 + (64 << 10));
+        layer.close();
+        layer.close();
+        assertThat(recording.allocatedBytes()).isZero();
+        assertThat(recording.leaks()).isEmpty();
+    }
+
+    @Test
+    void shouldRollBackWhateverFailsWhilePreparing() {
+        int allocations = countAllocations();
+        assertThat(allocations).isGreaterThan(8);
+        for (int nth = 1; nth <= allocations; nth++) {
+            RecordingDriver failing = new RecordingDriver();
+            failing.failNth(Call.MEM_ALLOC, nth, 2);
+            MoeConfig config = open(RoutingInput.HIDDEN, 2).config();
+            CudaLayer layer =
+                    CudaBackendProvider.open(
+                            failing, KernelCatalog.choose(failing, 0), config, "test");
+            assertThatThrownBy(layer::prepare)
+                    .as("allocation %d", nth)
+                    .isInstanceOf(CudaException.class)
+                    .hasMessageContaining("memory");
+            assertThat(failing.allocatedBytes()).as("after allocation %d failed", nth).isZero();
+            layer.prepare(); // the failure was passing: a second try succeeds
+            layer.close();
+            assertThat(failing.leaks()).isEmpty();
+        }
+    }
+
+    private int countAllocations() {
+        try (CudaLayer layer = open(RoutingInput.HIDDEN, 2)) {
+            recording.clearCalls();
+            layer.prepare();
+            return recording.calls(Call.MEM_ALLOC).size();
+        }
+    }
+
+    @Test
+    void shouldExplainForeignMisuse() {
+        try (CudaLayer layer = open(RoutingInput.TOPK, 1)) {
+            layer.prepare();
+            BoundStep step = layer.bind(tensors(layer));
+            assertThatThrownBy(() -> layer.capture(0L, step))
+                    .isInstanceOf(IllegalArgumentException.class)
+                    .hasMessageContaining("legacy default stream");
+            List<StepTensors> host =
+                    List.of(
+                            StepTensors.topk(
+                                    device(DType.F32, 16, 64),
+                                    Tensor.allocateHost(DType.BF16, 16, 64),
+                                    device(DType.I32, 16, 4),
+                                    device(DType.F32, 16, 4),
+                                    device(DType.I32, 1)));
+            assertThatThrownBy(() -> layer.bind(host))
+                    .isInstanceOf(IllegalArgumentException.class)
+                    .hasMessageContaining("hidden is host memory");
+            assertThatThrownBy(() -> layer.bind(tensors(layer), 2))
+                    .hasMessageContaining("handle=2");
+            try (CudaLayer other = open(RoutingInput.TOPK, 1)) {
+                other.prepare();
+                assertThatThrownBy(() -> other.enqueue(0L, step))
+                        .hasMessageContaining("another layer");
+            }
+        }
+    }
+}
