@@ -7,8 +7,8 @@ DEMO_ARGS ?=
 .PHONY: help demo build test kernels format clean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) \
-	  | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
+	  | awk -F ':.*## ' '{ printf "make %-11s %s\n", $$1, $$2 }'
 
 demo: build ## build, then run one layer over 4 ranks and compare it with recorded output
 	@bin/moe4j demo --checkpoint $(DEMO_CHECKPOINT) $(DEMO_ARGS)
@@ -31,3 +31,5 @@ format: ## format all sources
 
 clean: ## remove everything that was built
 	@$(MVN) -B -q clean
+
+include native.mk bundle.mk
