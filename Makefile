@@ -6,11 +6,9 @@ DEMO_ARGS ?=
 .DEFAULT_GOAL := help
 .PHONY: help demo build test format clean
 
--include kernels.mk bundle.mk native.mk
-
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
-	  | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
+	  | awk -F ':.*## ' '{ printf "make %-11s %s\n", $$1, $$2 }'
 
 demo: build ## build, then run one layer over 4 ranks and compare it with recorded output
 	@bin/moe4j demo --checkpoint $(DEMO_CHECKPOINT) $(DEMO_ARGS)
@@ -26,3 +24,5 @@ format: ## format all sources
 
 clean: ## remove everything that was built
 	@$(MVN) -B -q clean
+
+include kernels.mk native.mk bundle.mk

@@ -209,7 +209,9 @@ class CudaLayerRecordingTest {
                 assertThatThrownBy(() -> prepared.bind(tensors(prepared)))
                         .isInstanceOf(CudaException.class)
                         .hasMessageContaining("captur");
-                driver.graphDestroy(driver.streamEndCapture(stream));
+                assertThatThrownBy(() -> driver.streamEndCapture(stream))
+                        .as("what was refused broke the capture, and the driver says so")
+                        .isInstanceOf(CudaException.class);
             }
         }
     }

@@ -1,0 +1,87 @@
+#!/bin/sh
+# Builds the folder given and packs it as moe4j-gpu-bundle.tar.xz beside it. Run by `make gpu-bundle`
+# after `mvn package`. The jars are stored uncompressed, because xz packs class files better than zip.
+#   build-bundle.sh FOLDER
+set -eu
+
+bundle=$1
+name=$(basename "$bundle")
+mvn=${MVN:-mvn}
+limit=$((30 * 1024 * 1024))
+
+fail() { echo "gpu-bundle: $*" >&2; exit 1; }
+
+# The newest JDK that has jlink.
+newest_jdk() {
+    for home in "${JAVA_HOME:-}" /usr/lib/jvm/*; do
+        [ -x "$home/bin/jlink" ] || continue
+        version=$("$home/bin/java" -version 2>&1 | sed -n 's/.* version "\([0-9]*\).*/\1/p' | head -n 1)
+        echo "${version:-0} $home"
+    done | sort -n | tail -n 1 | cut -d ' ' -f 2
+}
+
+jdk=$(newest_jdk)
+[ -n "$jdk" ] || fail "no JDK with jlink found: set JAVA_HOME"
+
+rm -rf "$bundle"
+mkdir -p "$bundle/lib" target/bundle-work
+trap 'rm -rf target/bundle-work' EXIT INT TERM
+work=$(cd target/bundle-work && pwd)
+
+# Jars: runtime and test, without what GPU tests do not need
+"$mvn" -B -q help:evaluate -Dexpression=junit.platform.version "-Doutput=$work/junit-version" >/dev/null
+junit=$(cat "$work/junit-version")
+"$mvn" -B -q dependency:copy-dependencies -DincludeScope=test \
+    -DexcludeArtifactIds=onnxruntime \
+    -DexcludeGroupIds=com.tngtech.archunit,org.junit.jupiter,org.junit.platform,org.opentest4j,org.apiguardian,org.slf4j \
+    "-DoutputDirectory=$work/jars"
+"$mvn" -B -q dependency:copy "-DoutputDirectory=$work/jars" \
+    "-Dartifact=org.junit.platform:junit-platform-console-standalone:$junit"
+cp target/moe4j.jar "$work/jars/"
+"$jdk/bin/jar" --create --file "$work/jars/moe4j-tests.jar" -C target/test-classes io
+
+for jar in "$work"/jars/*.jar; do
+    file=$(basename "$jar")
+    rm -rf "$work/x"
+    mkdir "$work/x"
+    (cd "$work/x" && "$jdk/bin/jar" --extract --file "$jar")
+    # natives of other platforms, and JCuda's bindings for compilers that we do not use
+    rm -f "$work"/x/lib/libJNv* "$work"/x/lib/libJCublas-* "$work"/x/lib/libJCudaRuntime-*
+    if [ -d "$work/x/com/sun/jna" ]; then
+        find "$work/x/com/sun/jna" -mindepth 1 -maxdepth 1 -type d -name '*-*' ! -name linux-x86-64 -exec rm -rf {} +
+    fi
+    rm -rf "$work"/x/org/jline/nativ/Windows "$work"/x/org/jline/nativ/Mac "$work"/x/org/jline/nativ/FreeBSD
+    manifest=$work/x/META-INF/MANIFEST.MF
+    if [ -f "$manifest" ]; then
+        mv "$manifest" "$work/manifest"
+        "$jdk/bin/jar" --create --no-compress --file "$bundle/lib/$file" --manifest "$work/manifest" -C "$work/x" .
+    else
+        "$jdk/bin/jar" --create --no-compress --file "$bundle/lib/$file" -C "$work/x" .
+    fi
+done
+
+# A JVM with what the jars need. Jackson and picocli name java.desktop and java.sql but run without.
+base=java.base,java.logging,java.management,jdk.management,java.xml,jdk.jfr,jdk.unsupported
+needed=$("$jdk/bin/jdeps" --multi-release 17 --ignore-missing-deps --print-module-deps \
+    --class-path "$bundle/lib/*" "$bundle"/lib/*.jar 2>/dev/null || true)
+modules=$(printf '%s,%s\n' "$base" "$needed" | tr ',' '\n' \
+    | grep -E '^(java|jdk)\.' | grep -v -E '^(java\.desktop|java\.sql|java\.compiler|jdk\.compiler|java\.rmi)$' \
+    | sort -u | paste -s -d , -)
+# why zip-0: xz makes 15 MB of the uncompressed image but 24 MB of a zipped one
+case $("$jdk/bin/java" -version 2>&1 | sed -n 's/.* version "\([0-9]*\).*/\1/p' | head -n 1) in
+    17 | 18 | 19 | 20) compress=0 ;;
+    *) compress=zip-0 ;;
+esac
+if [ -d "$jdk/jmods" ]; then path="--module-path $jdk/jmods"; else path=; fi
+# shellcheck disable=SC2086
+"$jdk/bin/jlink" $path --add-modules "$modules" --strip-debug --no-header-files --no-man-pages \
+    --compress $compress --output "$bundle/runtime"
+
+cp src/main/bundle/run "$bundle/run"
+chmod 755 "$bundle/run"
+
+archive=$(dirname "$bundle")/moe4j-$name.tar.xz
+tar -C "$(dirname "$bundle")" --sort=name --owner=0 --group=0 --numeric-owner -cf - "$name" | xz -T0 -7 > "$archive"
+size=$(wc -c < "$archive")
+echo "gpu-bundle: $archive, $((size / 1024)) KiB packed ($(du -sm "$bundle" | cut -f 1) MiB unpacked), JDK $("$bundle/runtime/bin/java" -version 2>&1 | sed -n 's/.* version "\([^"]*\)".*/\1/p' | head -n 1), modules $modules"
+[ "$size" -lt "$limit" ] || fail "$archive is larger than $limit bytes"
