@@ -9,5 +9,6 @@ gpu-bundle: kernels ## pack JVM, jars and GPU tests into target/moe4j-gpu-bundle
 	@MVN="$(MVN)" sh src/main/bundle/build-bundle.sh $(GPU_BUNDLE)
 
 gpu-test: kernels ## run the tests that need a GPU (skipped, with the reason, where there is none)
-	@$(MVN) -B test -Dgroups=gpu -Dsurefire.failIfNoSpecifiedTests=false
+	@rm -f target/surefire-reports/TEST-*.xml
+	@$(MVN) -B -q test -Dgroups=gpu -Dsurefire.failIfNoSpecifiedTests=false
 	@sh src/main/bundle/count-tests.sh target/surefire-reports

@@ -61,7 +61,8 @@ for jar in "$work"/jars/*.jar; do
 done
 
 # A JVM with what the jars need. Jackson and picocli name java.desktop and java.sql but run without.
-base=java.base,java.logging,java.management,jdk.management,java.xml,jdk.jfr,jdk.unsupported
+# zipfs: JUnit reads the jar of test classes through it
+base=java.base,java.logging,java.management,jdk.management,java.xml,jdk.jfr,jdk.unsupported,jdk.zipfs
 needed=$("$jdk/bin/jdeps" --multi-release 17 --ignore-missing-deps --print-module-deps \
     --class-path "$bundle/lib/*" "$bundle"/lib/*.jar 2>/dev/null || true)
 modules=$(printf '%s,%s\n' "$base" "$needed" | tr ',' '\n' \

@@ -38,6 +38,12 @@ class NativeDriverGpuTest {
             }
             """;
 
+    /** The same, waiting for the kernel before: what a PDL launch has to do. */
+    private static final String PTX_WAITING =
+            PTX.replace(".version 7.0", ".version 7.8")
+                    .replace(".target sm_80", ".target sm_90")
+                    .replace("ld.param.u64", "griddepcontrol.wait;\n    ld.param.u64");
+
     private final Driver driver = Drivers.open();
     private Context context;
     private Scope scope;
@@ -93,7 +99,7 @@ class NativeDriverGpuTest {
     }
 
     @Test
-    void shouldLaunchCaptureAndReplayInBothWays() {
+    void shouldLaunchCaptureAndReplay() {
         try (KernelModule module =
                         new KernelModule(context, "add", PTX.getBytes(StandardCharsets.US_ASCII));
                 ParamArena arena = new ParamArena(context);
@@ -120,20 +126,22 @@ class NativeDriverGpuTest {
                     graph.launch(on);
                 }
             }
-            driver.launchKernelPdl(add, 1, 1, 1, 32, 1, 1, 0, on, ten);
             ByteBuffer result = ByteBuffer.allocateDirect(128).order(ByteOrder.LITTLE_ENDIAN);
             stream.synchronize();
             driver.memcpyDtoH(result, words.address());
             for (int i = 0; i < 32; i++) {
-                assertThat(result.getInt(4 * i)).isEqualTo(1 + 100 * 110 + 10);
+                assertThat(result.getInt(4 * i)).isEqualTo(1 + 100 * 110);
             }
         }
     }
 
     @Test
-    void shouldCapturePdlLaunches() {
+    @EnabledIfCuda(computeCapability = 90)
+    void shouldChainPdlLaunchesEagerlyAndInAGraph() {
+        assertThat(driver.pdlSupport().usable()).as(driver.pdlSupport().reason()).isTrue();
         try (KernelModule module =
-                        new KernelModule(context, "add", PTX.getBytes(StandardCharsets.US_ASCII));
+                        new KernelModule(
+                                context, "add", PTX_WAITING.getBytes(StandardCharsets.US_ASCII));
                 ParamArena arena = new ParamArena(context);
                 DeviceBuffer words = new DeviceBuffer(context, 128);
                 Stream stream = new Stream(context)) {
@@ -142,16 +150,24 @@ class NativeDriverGpuTest {
             long on = stream.handle();
             Runnable step =
                     () -> {
-                        driver.memsetD32Async(words.address(), 0, 32, on);
+                        driver.launchKernel(add, 1, 1, 1, 32, 1, 1, 0, on, five);
+                        driver.launchKernelPdl(add, 1, 1, 1, 32, 1, 1, 0, on, five);
                         driver.launchKernelPdl(add, 1, 1, 1, 32, 1, 1, 0, on, five);
                     };
+            driver.memsetD32Async(words.address(), 0, 32, on);
+            step.run();
             try (GraphExec graph = GraphExec.capture(context, on, step)) {
-                graph.launch(on);
+                assertThat(graph.nodeCount()).isEqualTo(3);
+                for (int i = 0; i < 100; i++) {
+                    graph.launch(on);
+                }
                 stream.synchronize();
             }
-            ByteBuffer result = ByteBuffer.allocateDirect(4).order(ByteOrder.LITTLE_ENDIAN);
+            ByteBuffer result = ByteBuffer.allocateDirect(128).order(ByteOrder.LITTLE_ENDIAN);
             driver.memcpyDtoH(result, words.address());
-            assertThat(result.getInt(0)).isEqualTo(5);
+            for (int i = 0; i < 32; i++) {
+                assertThat(result.getInt(4 * i)).isEqualTo(15 + 100 * 15);
+            }
         }
     }
 
