@@ -5,6 +5,8 @@
 #include "kernels/dispatch_recv.cu"
 #include "kernels/gate_up_mma.cu"
 #include "kernels/down_mma.cu"
+#include "kernels/gate_up_wgmma.cu"
+#include "kernels/down_wgmma.cu"
 #include "kernels/combine_send.cu"
 #include "kernels/combine_recv.cu"
 #include "kernels/pack_weights.cu"

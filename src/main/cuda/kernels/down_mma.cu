@@ -5,40 +5,10 @@
 
 extern "C" __global__ __launch_bounds__(moe::kGemmThreads, 2)
 void moe_down_mma(const __grid_constant__ moe::StepParams p) {
-    using namespace moe;
-    const LocalRank& me = p.locals[blockIdx.y];
-    GemmOperands g;
-    g.counts = me.expert_counts;
-    g.offsets = me.expert_offsets;
-    g.gather = nullptr;
-    g.weights = me.w_down;
-    g.bias = me.bias_down;
-    g.in = me.activated;
-    g.out = me.expert_out;
-    g.experts = me.local_experts;
-    g.row_tiles = down_row_tiles(p.hidden_pad);
-    g.k_blocks = p.intermediate_pad / kTileCols;
-    g.out_pitch = p.hidden_pad;
-    g.features = p.hidden;
-    masked_gemm(g, DownEpilogue{});
+    moe::masked_gemm(moe::down_operands(p, p.locals[blockIdx.y]), moe::DownEpilogue{});
 }
 
 extern "C" __global__ __launch_bounds__(moe::kGemmThreads, 2)
 void moe_shared_down_mma(const __grid_constant__ moe::StepParams p) {
-    using namespace moe;
-    const LocalRank& me = p.locals[blockIdx.y];
-    GemmOperands g;
-    g.counts = me.home_tokens;
-    g.offsets = nullptr;
-    g.gather = nullptr;
-    g.weights = p.w_shared_down;
-    g.bias = nullptr;
-    g.in = me.shared_activated;
-    g.out = me.shared_out;
-    g.experts = 1;
-    g.row_tiles = down_row_tiles(p.hidden_pad);
-    g.k_blocks = p.shared_pad / kTileCols;
-    g.out_pitch = p.hidden_pad;
-    g.features = p.hidden;
-    masked_gemm(g, DownEpilogue{});
+    moe::masked_gemm(moe::shared_down_operands(p, p.locals[blockIdx.y]), moe::DownEpilogue{});
 }

@@ -7,12 +7,12 @@
 // Each output is one accumulator over ascending k, 16 at a time, whatever the block: a token's bits
 // do not depend on its mates. Rows past the count are neither read nor written.
 #pragma once
-#include "../common/math.cuh"
 #include "../layout/weight_tiles.cuh"
 #include "../ptx/cp_async.cuh"
 #include "../ptx/ldmatrix.cuh"
 #include "../ptx/mma.cuh"
 #include "../scheduler/masked.cuh"
+#include "gemm_epilogue.cuh"
 
 namespace moe {
 
@@ -24,22 +24,6 @@ static_assert(kGemmThreads == scheduler::kThreads, "the scheduler's scan uses ev
 static_assert(kGemmThreads / 32 * 16 == kTileRows, "a warp owns 16 outputs of the tile");
 static_assert(kGemmSharedBytes + sizeof(scheduler::Masked::Shared) <= 99 * 1024,
               "the ring fits the shared memory of a consumer GPU (sm_86, sm_89)");
-
-// One GEMM over the experts of a rank.
-struct GemmOperands {
-    const int32_t* counts;         // [experts] rows of each
-    const int32_t* offsets;        // [experts] first packed row, null: 0 (one expert)
-    const int32_t* gather;         // input row of each packed row, null: the packed row itself
-    const __nv_bfloat16* weights;  // packed
-    const float* bias;             // packed order or null
-    const __nv_bfloat16* in;       // [.][64 * k_blocks]
-    __nv_bfloat16* out;            // [.][out_pitch]
-    int experts;
-    int row_tiles;
-    int k_blocks;
-    int out_pitch;
-    int features;                  // outputs past these are pad and written as zero
-};
 
 // Where the loader stands: an item of the walk and a block of k.
 struct LoadCursor {
@@ -55,11 +39,6 @@ __device__ __forceinline__ int columns_for(int rows) {
     return rows <= 8 ? 8 : (rows <= 16 ? 16 : (rows <= 32 ? 32 : 64));
 }
 
-__device__ __forceinline__ int64_t first_row(const GemmOperands& g, const scheduler::Work& work) {
-    return (g.offsets == nullptr ? 0 : g.offsets[work.expert]) +
-           static_cast<int64_t>(work.token_block) * scheduler::kTokenBlock;
-}
-
 __device__ __forceinline__ void aim(LoadCursor& cursor, const scheduler::Masked& walk,
                                     const GemmOperands& g) {
     if (cursor.item >= walk.items()) {
@@ -70,7 +49,7 @@ __device__ __forceinline__ void aim(LoadCursor& cursor, const scheduler::Masked&
     cursor.weights = reinterpret_cast<const uint8_t*>(
                          g.weights + tile_offset(work.expert, work.row_tile, 0, g.row_tiles, g.k_blocks)) +
                      threadIdx.x * 16;
-    const int64_t first = first_row(g, work);
+    const int64_t first = g.first_row(work);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int row = threadIdx.x / 8 + 32 * i;
@@ -143,94 +122,6 @@ __device__ __forceinline__ void multiply_stage(float (&acc)[8][4], uint32_t stag
         }
     }
 }
-
-// A lane's part of an 8 features x 8 tokens matrix, turned so that four lanes store the 16 bytes of
-// one token.
-__device__ __forceinline__ void store_8x8(__nv_bfloat16* out, int64_t row0, int row_in_item, int rows,
-                                          int pitch, int feature0, uint32_t pair) {
-    const int lane = threadIdx.x % 32;
-    const uint32_t turned = ptx::movmatrix_transposed(pair);
-    const int row = row_in_item + lane / 4;
-    if (row < rows) {
-        *reinterpret_cast<uint32_t*>(out + (row0 + row) * pitch + feature0 + lane % 4 * 2) = turned;
-    }
-}
-
-// Bias, activation, bf16. Lane: feature lane / 4 of the warp's 8, gate in acc[.][0..1], up in [2..3].
-struct GateUpEpilogue {
-    int32_t activation;
-    float alpha;
-    float limit;
-
-    template <int kColumns>
-    __device__ __forceinline__ void store(const GemmOperands& g, const scheduler::Work& work,
-                                          const float (&acc)[8][4]) const {
-        const int lane = threadIdx.x % 32;
-        const int warp = threadIdx.x / 32;
-        const int packed = work.row_tile * kTileRows + warp * 16 + lane / 4;
-        const int feature0 = work.row_tile * (kTileRows / 2) + warp * 8;
-        const bool real = feature0 + lane / 4 < g.features;
-        float gate_bias = 0.0f;
-        float up_bias = 0.0f;
-        if (g.bias != nullptr) {
-            const float* bias = g.bias + static_cast<int64_t>(work.expert) * g.row_tiles * kTileRows;
-            gate_bias = bias[packed];
-            up_bias = bias[packed + 8];
-        }
-        const int64_t row0 = first_row(g, work);
-#pragma unroll
-        for (int j = 0; j < kColumns / 8; j++) {
-            float v[2];
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float gate = acc[j][i];
-                float up = acc[j][i + 2];
-                if (g.bias != nullptr) {
-                    gate = __fadd_rn(gate, gate_bias);
-                    up = __fadd_rn(up, up_bias);
-                }
-                // why: a token with an Inf would leave NaN, not zero, in the pad
-                v[i] = real ? activate(gate, up, activation, alpha, limit) : 0.0f;
-            }
-            store_8x8(g.out, row0, 8 * j, work.rows, g.out_pitch, feature0, pack_bf16(v[0], v[1]));
-        }
-    }
-};
-
-// Bias, bf16. Lane: feature lane / 4 of the warp's 16 in acc[.][0..1], feature lane / 4 + 8 in [2..3].
-struct DownEpilogue {
-    template <int kColumns>
-    __device__ __forceinline__ void store(const GemmOperands& g, const scheduler::Work& work,
-                                          const float (&acc)[8][4]) const {
-        const int lane = threadIdx.x % 32;
-        const int feature0 = work.row_tile * kTileRows + threadIdx.x / 32 * 16;
-        if (feature0 >= g.out_pitch) {
-            return;  // the last tile may overhang the rows by 64
-        }
-        const int64_t row0 = first_row(g, work);
-        const float* bias =
-            g.bias == nullptr
-                ? nullptr
-                : g.bias + static_cast<int64_t>(work.expert) * g.row_tiles * kTileRows + feature0;
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int feature = feature0 + 8 * half + lane / 4;
-            const float add = bias == nullptr ? 0.0f : bias[8 * half + lane / 4];
-#pragma unroll
-            for (int j = 0; j < kColumns / 8; j++) {
-                float v[2];
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const float sum = acc[j][2 * half + i];
-                    v[i] = feature >= g.features ? 0.0f
-                                                 : (bias == nullptr ? sum : __fadd_rn(sum, add));
-                }
-                store_8x8(g.out, row0, 8 * j, work.rows, g.out_pitch, feature0 + 8 * half,
-                          pack_bf16(v[0], v[1]));
-            }
-        }
-    }
-};
 
 template <int kColumns, class Epilogue>
 __device__ __forceinline__ void multiply_item(uint32_t ring, int& stage, LoadCursor& loader,

@@ -15,8 +15,8 @@ constexpr int kMaxExperts = 4 * kThreads;
 struct Work {
     int expert;
     int row_tile;
-    int token_block;  // rows from token_block * 64 of the expert
-    int rows;         // 1 .. 64
+    int first_row;  // of the expert's
+    int rows;
 };
 
 class Masked {
@@ -80,8 +80,8 @@ class Masked {
                 const int token_blocks = blocks(counts[i]);
                 work.expert = 4 * low + i;
                 work.row_tile = rest / token_blocks;
-                work.token_block = rest % token_blocks;
-                work.rows = min(kTokenBlock, counts[i] - work.token_block * kTokenBlock);
+                work.first_row = rest % token_blocks * kTokenBlock;
+                work.rows = min(kTokenBlock, counts[i] - work.first_row);
                 found = true;
             }
             rest -= items;

@@ -1,0 +1,30 @@
+// expert_out[row] = down . activated[row] with wgmma, routed and shared experts; sm_90a only. Reads and writes what
+// down_mma.cu does, bit for bit. See masked_gemm_wgmma.cuh.
+#include "masked_gemm_wgmma.cuh"
+
+// why: other targets have no wgmma; the host pass needs the declarations of a test's launches
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+extern "C" __global__ __launch_bounds__(moe::kWgmmaThreads, 1)
+void moe_down_wgmma(const __grid_constant__ moe::StepParams p) {
+    const moe::LocalRank& me = p.locals[blockIdx.y];
+    moe::masked_gemm_wgmma<moe::ManyRows, true>(
+        moe::down_operands(p, me), me, moe::DownEpilogue{});
+}
+
+extern "C" __global__ __launch_bounds__(moe::kWgmmaThreads, 2)
+void moe_down_wgmma_few(const __grid_constant__ moe::StepParams p) {
+    const moe::LocalRank& me = p.locals[blockIdx.y];
+    moe::masked_gemm_wgmma<moe::FewRows, true>(
+        moe::down_operands(p, me), me, moe::DownEpilogue{});
+}
+#ifndef MOE_DEV
+extern "C" __global__ __launch_bounds__(moe::kWgmmaThreads, 1)
+void moe_shared_down_wgmma(const __grid_constant__ moe::StepParams p) {
+    const moe::LocalRank& me = p.locals[blockIdx.y];
+    moe::masked_gemm_wgmma<moe::ManyRows, true>(
+        moe::shared_down_operands(p, me), me, moe::DownEpilogue{});
+}
+#endif
+
+#endif

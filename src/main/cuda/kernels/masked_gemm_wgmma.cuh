@@ -1,0 +1,417 @@
+// The masked grouped GEMM with wgmma, for Hopper: out[row] = epilogue(W[expert of row] . in[row]).
+//
+// Weights are the A operand, tokens the B operand with 8 to 256 columns, as the expert's count asks.
+// A CTA has three warpgroups. 0 and 1 multiply, each 64 of the 128 outputs of a tile. In warpgroup 2
+// warp 0 streams weight tiles with bulk copies of 16 KiB, warps 1 and 2 gather token rows with cp.async. The two rings
+// are apart: weights need not wait for tokens, and a slot of tokens holds up to 4 k blocks.
+//   weights_ready, weights_free   barriers of a weight stage: bytes landed, both warpgroups have left
+//   tokens_ready, tokens_free     the same of a slot of token columns
+// scheduler/shares.cuh says which CTA does what. Each output is one accumulator over ascending k, 16
+// at a time, so the bits are those of masked_gemm.cuh whatever the block or the cut.
+//
+// Launched with programmatic dependence or without. What does not depend on the previous kernel is
+// read first: all counts and weights where kCountsAreFinal, else nothing.
+#pragma once
+#include "../comm/signal.cuh"
+#include "../ptx/bulk_copy.cuh"
+#include "../ptx/cp_async.cuh"
+#include "../ptx/grid_dependency.cuh"
+#include "../ptx/mbarrier.cuh"
+#include "../ptx/registers.cuh"
+#include "../ptx/wgmma.cuh"
+#include "../scheduler/shares.cuh"
+#include "gemm_epilogue.cuh"
+
+namespace moe {
+
+constexpr int kWgmmaThreads = 384;
+constexpr int kMultiplyThreads = 256;
+constexpr int kGatherThreads = 64;
+static_assert(kMultiplyThreads == scheduler::kThreads, "the scan uses as many threads");
+
+// One CTA on an SM, any count of rows.
+struct ManyRows {
+    static constexpr int kMaxColumns = 256;
+    static constexpr int kWeightStages = 6;
+    static constexpr int kTokenSlots = 4;
+    static constexpr int kSlotBytes = 256 * kRowBytes;
+    static constexpr bool kMovesRegisters = true;
+
+    __device__ static constexpr int columns_for(int rows) {
+        return rows <= 8     ? 8
+               : rows <= 16  ? 16
+               : rows <= 32  ? 32
+               : rows <= 64  ? 64
+               : rows <= 96  ? 96
+               : rows <= 128 ? 128
+               : rows <= 144 ? 144
+               : rows <= 192 ? 192
+                             : 256;
+    }
+};
+
+// Two CTAs share an SM, so that the next kernel's weights stream while this one ends.
+struct FewRows {
+    static constexpr int kMaxColumns = 32;
+    static constexpr int kWeightStages = 5;
+    static constexpr int kTokenSlots = 3;
+    static constexpr int kSlotBytes = 64 * kRowBytes;
+    static constexpr bool kMovesRegisters = false;
+
+    __device__ static constexpr int columns_for(int rows) {
+        return rows <= 8 ? 8 : (rows <= 16 ? 16 : 32);
+    }
+};
+
+// k blocks in a slot of token columns.
+template <class Shape>
+__device__ __forceinline__ constexpr int k_blocks_of_slot(int columns) {
+    return Shape::kSlotBytes / (columns * kRowBytes) < 4 ? Shape::kSlotBytes / (columns * kRowBytes) : 4;
+}
+
+template <class Shape>
+struct WgmmaShared {
+    uint64_t weights_ready[Shape::kWeightStages];
+    uint64_t weights_free[Shape::kWeightStages];
+    uint64_t tokens_ready[Shape::kTokenSlots];
+    uint64_t tokens_free[Shape::kTokenSlots];
+    typename scheduler::Shares<Shape>::Shared shares;
+};
+
+template <class Shape>
+constexpr int kWgmmaRingBytes =
+    Shape::kWeightStages * kTileBytes + Shape::kTokenSlots * Shape::kSlotBytes;
+constexpr int kWgmmaExtraBytes = 512;
+template <class Shape>
+constexpr int kWgmmaSharedBytes = kWgmmaRingBytes<Shape> + kWgmmaExtraBytes;
+static_assert(sizeof(WgmmaShared<ManyRows>) <= kWgmmaExtraBytes, "barriers lie behind the rings");
+static_assert(kWgmmaSharedBytes<ManyRows> <= 227 * 1024, "one CTA fits an SM of sm_90");
+static_assert(2 * (kWgmmaSharedBytes<FewRows> + 1024) <= 228 * 1024, "two CTAs fit an SM of sm_90");
+
+// A position in a ring and the parity of its barriers' phase.
+template <int kStages>
+struct RingPosition {
+    int index = 0;
+    uint32_t parity = 0;
+
+    __device__ __forceinline__ void step() {
+        if (++index == kStages) {
+            index = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// Shared addresses of the rings and barriers.
+template <class Shape>
+struct Rings {
+    uint32_t weights;
+    uint32_t tokens;
+    uint32_t weights_ready;
+    uint32_t weights_free;
+    uint32_t tokens_ready;
+    uint32_t tokens_free;
+};
+
+__device__ __forceinline__ uint32_t barrier_at(uint32_t barriers, int index) {
+    return barriers + 8 * index;
+}
+
+// Warpgroup 2, one thread.
+template <class Shape>
+__device__ __forceinline__ void stream_weights(const Rings<Shape>& rings, const GemmOperands& g,
+                                               scheduler::Shares<Shape> shares) {
+    RingPosition<Shape::kWeightStages> stage;
+    scheduler::Piece piece;
+    while (shares.next(piece)) {
+        const uint8_t* tile = reinterpret_cast<const uint8_t*>(
+            g.weights + tile_offset(piece.work.expert, piece.work.row_tile, piece.k_begin, g.row_tiles,
+                                    g.k_blocks));
+        for (int k = piece.k_begin; k < piece.k_end; k++) {
+            ptx::mbarrier_wait(barrier_at(rings.weights_free, stage.index), stage.parity ^ 1);
+            const uint32_t ready = barrier_at(rings.weights_ready, stage.index);
+            ptx::mbarrier_arrive_expect(ready, kTileBytes);
+            ptx::bulk_copy(rings.weights + stage.index * kTileBytes, tile, kTileBytes, ready);
+            tile += kTileBytes;
+            stage.step();
+        }
+    }
+}
+
+// Warpgroup 2, warps 1 and 2. A thread copies 16-byte chunk c of rows r, r + 8, .. of each k block.
+template <class Shape>
+__device__ __forceinline__ void gather_tokens(const Rings<Shape>& rings, const GemmOperands& g,
+                                              scheduler::Shares<Shape> shares) {
+    constexpr int kRowsAtOnce = kGatherThreads / 8;
+    constexpr int kPasses = (Shape::kMaxColumns + kRowsAtOnce - 1) / kRowsAtOnce;
+    const int thread = threadIdx.x % 128 - 32;
+    const int row0 = thread / 8;
+    const int chunk = thread % 8;
+    const uint4* in = reinterpret_cast<const uint4*>(g.in);
+    RingPosition<Shape::kTokenSlots> slot;
+    scheduler::Piece piece;
+    while (shares.next(piece)) {
+        const int rows = piece.work.rows;
+        const int columns = Shape::columns_for(rows);
+        const int group = k_blocks_of_slot<Shape>(columns);
+        const int64_t first = g.first_row(piece.work);
+        // why: 32 bits of 16-byte chunks reach 64 GiB, and there are many of them
+        uint32_t source[kPasses];
+#pragma unroll
+        for (int i = 0; i < kPasses; i++) {
+            const int row = row0 + kRowsAtOnce * i;
+            if (row < rows) {
+                const int64_t packed = first + row;
+                const int64_t from = g.gather == nullptr ? packed : g.gather[packed];
+                source[i] = static_cast<uint32_t>(from * (g.k_blocks * 8)) + chunk;
+            }
+        }
+        for (int k = piece.k_begin; k < piece.k_end; k += group) {
+            ptx::mbarrier_wait(barrier_at(rings.tokens_free, slot.index), slot.parity ^ 1);
+            uint32_t to = rings.tokens + slot.index * Shape::kSlotBytes + swizzled(row0, chunk);
+            for (int block = k; block < min(k + group, piece.k_end); block++) {
+#pragma unroll
+                for (int i = 0; i < kPasses; i++) {
+                    if (kRowsAtOnce * i >= rows) {
+                        break;
+                    }
+                    if (row0 + kRowsAtOnce * i < rows) {
+                        ptx::cp_async_16(to + i * kRowsAtOnce * kRowBytes, in + source[i] + block * 8, true);
+                    }
+                }
+                to += columns * kRowBytes;
+            }
+            ptx::mbarrier_arrive_after_cp_async(barrier_at(rings.tokens_ready, slot.index));
+            slot.step();
+        }
+    }
+}
+
+__device__ __forceinline__ void sync_multipliers() {
+    asm volatile("bar.sync 1, %0;" ::"n"(kMultiplyThreads) : "memory");
+}
+
+// Leaves the accumulators to the next CTA.
+template <int kBlocks>
+__device__ __forceinline__ void hand_over(const LocalRank& me, const float (&acc)[kBlocks][4]) {
+    float4* to = reinterpret_cast<float4*>(me.partial_sums) +
+                 static_cast<int64_t>(blockIdx.x) * (kTileRows * kMaxCutColumns / 4) + threadIdx.x;
+#pragma unroll
+    for (int j = 0; j < kBlocks; j++) {
+        __stcg(to + j * kMultiplyThreads, make_float4(acc[j][0], acc[j][1], acc[j][2], acc[j][3]));
+    }
+    __threadfence();
+    sync_multipliers();
+    if (threadIdx.x == 0) {
+        ptx::store_release_gpu(me.partial_ready + blockIdx.x, 1);
+    }
+}
+
+// Goes on from those of the CTA before, whose first piece they were.
+template <int kBlocks>
+__device__ __forceinline__ void take_over(float (&acc)[kBlocks][4], const LocalRank& me) {
+    const int giver = static_cast<int>(blockIdx.x) - 1;
+    while (ptx::load_acquire_gpu(me.partial_ready + giver) == 0) {
+    }
+    const float4* from = reinterpret_cast<const float4*>(me.partial_sums) +
+                         static_cast<int64_t>(giver) * (kTileRows * kMaxCutColumns / 4) + threadIdx.x;
+#pragma unroll
+    for (int j = 0; j < kBlocks; j++) {
+        const float4 sums = __ldcg(from + j * kMultiplyThreads);
+        acc[j][0] = sums.x, acc[j][1] = sums.y, acc[j][2] = sums.z, acc[j][3] = sums.w;
+    }
+    sync_multipliers();  // why: every thread has seen the flag before it falls
+    if (threadIdx.x == 0) {
+        me.partial_ready[giver] = 0;
+    }
+}
+
+// Keeps the compiler from moving accumulators across the wgmmas in flight.
+template <int kBlocks>
+__device__ __forceinline__ void pin(float (&acc)[kBlocks][4]) {
+#pragma unroll
+    for (int j = 0; j < kBlocks; j++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            asm volatile("" : "+f"(acc[j][i])::"memory");
+        }
+    }
+}
+
+template <class Shape>
+struct MultiplierPosition {
+    RingPosition<Shape::kWeightStages> weights;
+    RingPosition<Shape::kTokenSlots> tokens;
+    int in_slot = 0;  // k blocks of the slot already used
+};
+
+// Barriers of what a k block used: its weight stage and, if it was the last in it, its token slot.
+struct Leaving {
+    uint32_t weights_free;
+    uint32_t tokens_free;  // 0: not the last
+
+    __device__ __forceinline__ void leave() const {
+        if (threadIdx.x % 32 == 0) {
+            ptx::mbarrier_arrive(weights_free);
+            if (tokens_free != 0) {
+                ptx::mbarrier_arrive(tokens_free);
+            }
+        }
+    }
+};
+
+// Waits for a k block's tiles and starts its products.
+template <int kColumns, class Shape>
+__device__ __forceinline__ Leaving multiply_k_block(float (&acc)[kColumns / 8][4],
+                                                    const Rings<Shape>& rings,
+                                                    MultiplierPosition<Shape>& at, bool last) {
+    if (at.in_slot == 0) {
+        ptx::mbarrier_wait(barrier_at(rings.tokens_ready, at.tokens.index), at.tokens.parity);
+        // why: cp.async wrote through the generic proxy
+        ptx::fence_proxy_async();
+    }
+    ptx::mbarrier_wait(barrier_at(rings.weights_ready, at.weights.index), at.weights.parity);
+    const uint64_t a = ptx::wgmma_descriptor(rings.weights + at.weights.index * kTileBytes +
+                                             threadIdx.x / 128 * (kTileBytes / 2));
+    const uint64_t b = ptx::wgmma_descriptor(rings.tokens + at.tokens.index * Shape::kSlotBytes +
+                                             at.in_slot * (kColumns * kRowBytes));
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kTileCols / 16; step++) {
+        ptx::wgmma_k16(acc, a + 2 * step, b + 2 * step);
+    }
+    ptx::wgmma_commit();
+    Leaving leaving = {barrier_at(rings.weights_free, at.weights.index), 0};
+    at.weights.step();
+    if (++at.in_slot == k_blocks_of_slot<Shape>(kColumns) || last) {
+        leaving.tokens_free = barrier_at(rings.tokens_free, at.tokens.index);
+        at.tokens.step();
+        at.in_slot = 0;
+    }
+    return leaving;
+}
+
+// Warpgroups 0 and 1.
+template <int kColumns, class Shape, class Epilogue>
+__device__ __forceinline__ void multiply_piece(const Rings<Shape>& rings,
+                                               MultiplierPosition<Shape>& at, const GemmOperands& g,
+                                               const LocalRank& me, const scheduler::Piece& piece,
+                                               const Epilogue& epilogue) {
+    float acc[kColumns / 8][4];
+#pragma unroll
+    for (int j = 0; j < kColumns / 8; j++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            acc[j][i] = 0.0f;
+        }
+    }
+    if constexpr (kColumns <= kMaxCutColumns) {
+        if (piece.takes_over) {
+            take_over(acc, me);
+        }
+    }
+    pin(acc);
+
+    // A stage is freed one k block late, when its products are surely done
+    Leaving leaving = multiply_k_block<kColumns>(acc, rings, at, piece.k_begin + 1 == piece.k_end);
+    for (int k = piece.k_begin + 1; k < piece.k_end; k++) {
+        const Leaving next = multiply_k_block<kColumns>(acc, rings, at, k + 1 == piece.k_end);
+        ptx::wgmma_wait<1>();
+        leaving.leave();
+        leaving = next;
+    }
+    ptx::wgmma_wait<0>();
+    pin(acc);
+    leaving.leave();
+
+    if constexpr (kColumns <= kMaxCutColumns) {
+        if (piece.hands_over) {
+            hand_over(me, acc);
+            return;
+        }
+    }
+    epilogue.template store<kColumns>(g, piece.work, acc);
+}
+
+template <class Shape, class Epilogue>
+__device__ __forceinline__ void multiply(const Rings<Shape>& rings, const GemmOperands& g,
+                                         const LocalRank& me, scheduler::Shares<Shape> shares,
+                                         const Epilogue& epilogue) {
+    MultiplierPosition<Shape> at;
+    scheduler::Piece piece;
+    while (shares.next(piece)) {
+        const int columns = Shape::columns_for(piece.work.rows);
+        switch (columns) {
+            case 8: multiply_piece<8>(rings, at, g, me, piece, epilogue); break;
+            case 16: multiply_piece<16>(rings, at, g, me, piece, epilogue); break;
+            case 32: multiply_piece<32>(rings, at, g, me, piece, epilogue); break;
+            default:
+                if constexpr (Shape::kMaxColumns > 32) {
+                    switch (columns) {
+                        case 64: multiply_piece<64>(rings, at, g, me, piece, epilogue); break;
+                        case 96: multiply_piece<96>(rings, at, g, me, piece, epilogue); break;
+                        case 128: multiply_piece<128>(rings, at, g, me, piece, epilogue); break;
+                        case 144: multiply_piece<144>(rings, at, g, me, piece, epilogue); break;
+                        case 192: multiply_piece<192>(rings, at, g, me, piece, epilogue); break;
+                        default: multiply_piece<256>(rings, at, g, me, piece, epilogue);
+                    }
+                }
+        }
+    }
+}
+
+template <class Shape, bool kCountsAreFinal, class Epilogue>
+__device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& g, const LocalRank& me,
+                                                  const Epilogue& epilogue) {
+    extern __shared__ __align__(1024) uint8_t ring_bytes[];
+    WgmmaShared<Shape>& shared =
+        *reinterpret_cast<WgmmaShared<Shape>*>(ring_bytes + kWgmmaRingBytes<Shape>);
+    Rings<Shape> rings;
+    rings.weights = ptx::shared_address(ring_bytes);
+    rings.tokens = rings.weights + Shape::kWeightStages * kTileBytes;
+    rings.weights_ready = ptx::shared_address(shared.weights_ready);
+    rings.weights_free = ptx::shared_address(shared.weights_free);
+    rings.tokens_ready = ptx::shared_address(shared.tokens_ready);
+    rings.tokens_free = ptx::shared_address(shared.tokens_free);
+    if (threadIdx.x == kWgmmaThreads - 1) {
+        for (int i = 0; i < Shape::kWeightStages; i++) {
+            ptx::mbarrier_init(barrier_at(rings.weights_ready, i), 1);
+            ptx::mbarrier_init(barrier_at(rings.weights_free, i), kMultiplyThreads / 32);
+        }
+        for (int i = 0; i < Shape::kTokenSlots; i++) {
+            ptx::mbarrier_init(barrier_at(rings.tokens_ready, i), kGatherThreads);
+            ptx::mbarrier_init(barrier_at(rings.tokens_free, i), kMultiplyThreads / 32);
+        }
+        ptx::fence_mbarrier_init();
+    }
+    if constexpr (!kCountsAreFinal) {
+        ptx::wait_for_previous_grid();
+        ptx::allow_next_grid();
+    }
+    const bool may_cut = me.partial_sums != nullptr && gridDim.x <= kMaxShares;
+    const scheduler::Shares<Shape> shares(shared.shares, g.counts, g.experts, g.row_tiles, g.k_blocks,
+                                          may_cut);
+
+    if (threadIdx.x >= kMultiplyThreads) {
+        if constexpr (Shape::kMovesRegisters) {
+            ptx::give_registers<80>();
+        }
+        const int warp = (threadIdx.x - kMultiplyThreads) / 32;
+        if (warp == 0 && threadIdx.x % 32 == 0) {
+            stream_weights(rings, g, shares);
+        } else if (warp == 1 || warp == 2) {
+            if constexpr (kCountsAreFinal) {
+                ptx::wait_for_previous_grid();
+                ptx::allow_next_grid();
+            }
+            gather_tokens(rings, g, shares);
+        }
+    } else {
+        if constexpr (Shape::kMovesRegisters) {
+            ptx::take_registers<216>();
+        }
+        multiply(rings, g, me, shares, epilogue);
+    }
+}
+
+}  // namespace moe
