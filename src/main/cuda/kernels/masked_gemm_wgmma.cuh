@@ -29,6 +29,12 @@ constexpr int kMultiplyThreads = 256;
 constexpr int kGatherThreads = 64;
 static_assert(kMultiplyThreads == scheduler::kThreads, "the scan uses as many threads");
 
+// Of the 168 that 384 threads may have each at launch.
+constexpr int kMultiplierRegisters = 208;
+constexpr int kProducerRegisters = 88;
+static_assert(2 * kMultiplierRegisters + kProducerRegisters <= 3 * 168,
+              "a warpgroup waits forever for registers that the CTA does not have");
+
 // One CTA on an SM, any count of rows.
 struct ManyRows {
     static constexpr int kMaxColumns = 256;
@@ -69,6 +75,11 @@ __device__ __forceinline__ constexpr int k_blocks_of_slot(int columns) {
     return Shape::kSlotBytes / (columns * kRowBytes) < 4 ? Shape::kSlotBytes / (columns * kRowBytes) : 4;
 }
 
+// Listed by the thread that streams weights, which is at most a ring of k blocks, so of pieces, ahead.
+constexpr int kPieces = 8;
+static_assert(ManyRows::kWeightStages < kPieces && FewRows::kWeightStages < kPieces,
+              "a listed piece stays until it is done");
+
 template <class Shape>
 struct WgmmaShared {
     uint64_t weights_ready[Shape::kWeightStages];
@@ -76,12 +87,14 @@ struct WgmmaShared {
     uint64_t tokens_ready[Shape::kTokenSlots];
     uint64_t tokens_free[Shape::kTokenSlots];
     typename scheduler::Shares<Shape>::Shared shares;
+    scheduler::Piece pieces[kPieces];
+    GemmOperands operands;  // why here: in registers they would cost the multipliers theirs
 };
 
 template <class Shape>
 constexpr int kWgmmaRingBytes =
     Shape::kWeightStages * kTileBytes + Shape::kTokenSlots * Shape::kSlotBytes;
-constexpr int kWgmmaExtraBytes = 512;
+constexpr int kWgmmaExtraBytes = 1024;
 template <class Shape>
 constexpr int kWgmmaSharedBytes = kWgmmaRingBytes<Shape> + kWgmmaExtraBytes;
 static_assert(sizeof(WgmmaShared<ManyRows>) <= kWgmmaExtraBytes, "barriers lie behind the rings");
@@ -117,24 +130,33 @@ __device__ __forceinline__ uint32_t barrier_at(uint32_t barriers, int index) {
     return barriers + 8 * index;
 }
 
-// Warpgroup 2, one thread.
+// Warpgroup 2, one thread. The first barrier of a piece that it arrives at also publishes the piece.
 template <class Shape>
-__device__ __forceinline__ void stream_weights(const Rings<Shape>& rings, const GemmOperands& g,
+__device__ __forceinline__ void stream_weights(WgmmaShared<Shape>& shared, const Rings<Shape>& rings,
                                                scheduler::Shares<Shape> shares) {
     RingPosition<Shape::kWeightStages> stage;
+    const GemmOperands& g = shared.operands;
     scheduler::Piece piece;
-    while (shares.next(piece)) {
+    bool more = shares.next(piece);
+    for (int number = 0; more; number++) {
+        scheduler::Piece after;
+        more = shares.next(after);
+        piece.last = !more;
         const uint8_t* tile = reinterpret_cast<const uint8_t*>(
             g.weights + tile_offset(piece.work.expert, piece.work.row_tile, piece.k_begin, g.row_tiles,
                                     g.k_blocks));
         for (int k = piece.k_begin; k < piece.k_end; k++) {
             ptx::mbarrier_wait(barrier_at(rings.weights_free, stage.index), stage.parity ^ 1);
+            if (k == piece.k_begin) {
+                shared.pieces[number % kPieces] = piece;
+            }
             const uint32_t ready = barrier_at(rings.weights_ready, stage.index);
             ptx::mbarrier_arrive_expect(ready, kTileBytes);
             ptx::bulk_copy(rings.weights + stage.index * kTileBytes, tile, kTileBytes, ready);
             tile += kTileBytes;
             stage.step();
         }
+        piece = after;
     }
 }
 
@@ -314,6 +336,7 @@ __device__ __forceinline__ void multiply_piece(const Rings<Shape>& rings,
 
     // A stage is freed one k block late, when its products are surely done
     Leaving leaving = multiply_k_block<kColumns>(acc, rings, at, piece.k_begin + 1 == piece.k_end);
+#pragma unroll 1
     for (int k = piece.k_begin + 1; k < piece.k_end; k++) {
         const Leaving next = multiply_k_block<kColumns>(acc, rings, at, k + 1 == piece.k_end);
         ptx::wgmma_wait<1>();
@@ -334,12 +357,14 @@ __device__ __forceinline__ void multiply_piece(const Rings<Shape>& rings,
 }
 
 template <class Shape, class Epilogue>
-__device__ __forceinline__ void multiply(const Rings<Shape>& rings, const GemmOperands& g,
-                                         const LocalRank& me, scheduler::Shares<Shape> shares,
-                                         const Epilogue& epilogue) {
+__device__ __forceinline__ void multiply(const WgmmaShared<Shape>& shared, const Rings<Shape>& rings,
+                                         const LocalRank& me, const Epilogue& epilogue) {
+    const GemmOperands& g = shared.operands;
     MultiplierPosition<Shape> at;
-    scheduler::Piece piece;
-    while (shares.next(piece)) {
+    for (int number = 0;; number++) {
+        // Known when the first weights of the piece are
+        ptx::mbarrier_wait(barrier_at(rings.weights_ready, at.weights.index), at.weights.parity);
+        const scheduler::Piece& piece = shared.pieces[number % kPieces];
         const int columns = Shape::columns_for(piece.work.rows);
         switch (columns) {
             case 8: multiply_piece<8>(rings, at, g, me, piece, epilogue); break;
@@ -357,17 +382,20 @@ __device__ __forceinline__ void multiply(const Rings<Shape>& rings, const GemmOp
                     }
                 }
         }
+        if (piece.last) {
+            break;
+        }
     }
 }
 
 template <class Shape, bool kCountsAreFinal, class Epilogue>
-__device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& g, const LocalRank& me,
+__device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& operands, const LocalRank& me,
                                                   const Epilogue& epilogue) {
-    extern __shared__ __align__(1024) uint8_t ring_bytes[];
+    extern __shared__ __align__(1024) uint8_t wgmma_rings[];
     WgmmaShared<Shape>& shared =
-        *reinterpret_cast<WgmmaShared<Shape>*>(ring_bytes + kWgmmaRingBytes<Shape>);
+        *reinterpret_cast<WgmmaShared<Shape>*>(wgmma_rings + kWgmmaRingBytes<Shape>);
     Rings<Shape> rings;
-    rings.weights = ptx::shared_address(ring_bytes);
+    rings.weights = ptx::shared_address(wgmma_rings);
     rings.tokens = rings.weights + Shape::kWeightStages * kTileBytes;
     rings.weights_ready = ptx::shared_address(shared.weights_ready);
     rings.weights_free = ptx::shared_address(shared.weights_free);
@@ -383,34 +411,39 @@ __device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& g, const L
             ptx::mbarrier_init(barrier_at(rings.tokens_free, i), kMultiplyThreads / 32);
         }
         ptx::fence_mbarrier_init();
+        shared.operands = operands;
     }
     if constexpr (!kCountsAreFinal) {
         ptx::wait_for_previous_grid();
         ptx::allow_next_grid();
     }
     const bool may_cut = me.partial_sums != nullptr && gridDim.x <= kMaxShares;
-    const scheduler::Shares<Shape> shares(shared.shares, g.counts, g.experts, g.row_tiles, g.k_blocks,
-                                          may_cut);
+    const scheduler::Shares<Shape> shares(shared.shares, operands.counts, operands.experts,
+                                          operands.row_tiles, operands.k_blocks, may_cut);
 
     if (threadIdx.x >= kMultiplyThreads) {
         if constexpr (Shape::kMovesRegisters) {
-            ptx::give_registers<80>();
+            ptx::give_registers<kProducerRegisters>();
         }
         const int warp = (threadIdx.x - kMultiplyThreads) / 32;
         if (warp == 0 && threadIdx.x % 32 == 0) {
-            stream_weights(rings, g, shares);
+            stream_weights(shared, rings, shares);
         } else if (warp == 1 || warp == 2) {
             if constexpr (kCountsAreFinal) {
                 ptx::wait_for_previous_grid();
                 ptx::allow_next_grid();
             }
-            gather_tokens(rings, g, shares);
+            gather_tokens(rings, shared.operands, shares);
         }
     } else {
         if constexpr (Shape::kMovesRegisters) {
-            ptx::take_registers<216>();
+            ptx::take_registers<kMultiplierRegisters>();
         }
-        multiply(rings, g, me, shares, epilogue);
+        scheduler::Shares<Shape> mine = shares;
+        scheduler::Piece first;
+        if (mine.next(first)) {
+            multiply(shared, rings, me, epilogue);
+        }
     }
 }
 

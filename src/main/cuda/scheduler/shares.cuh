@@ -28,6 +28,7 @@ struct Piece {
     int k_end;
     bool takes_over;   // goes on from the partial sums of the CTA before
     bool hands_over;   // leaves them to the CTA after
+    bool last;         // of the CTA; set by who lists the pieces
 };
 
 // A place in the order of items: between items, or after k blocks of one.
@@ -44,18 +45,22 @@ class Shares {
         int32_t warp_cost[kThreads / 32];
         int32_t warp_items[kThreads / 32];
         Cut cuts[2];
+        const int32_t* counts;
+        int32_t experts;
+        int32_t row_tiles;
+        int32_t k_blocks;
     };
 
     // All threads of the CTA, of which the first 256 scan; ends with a barrier.
     __device__ Shares(Shared& shared, const int32_t* counts, int experts, int row_tiles, int k_blocks,
                       bool may_cut)
-        : counts_(counts), experts_(experts), k_blocks_(k_blocks), row_tiles_(row_tiles) {
+        : shared_(shared) {
         int four[4];
         int mine = 0;
         int items = 0;
         int sum = 0;
         if (threadIdx.x < kThreads) {
-            load_counts(four, threadIdx.x);
+            load_counts(four, counts, experts);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const TokenBlocks blocks = token_blocks<Shape::kMaxColumns>(four[i]);
@@ -77,6 +82,8 @@ class Shares {
             }
             if (threadIdx.x < 2) {
                 shared.cuts[threadIdx.x] = {experts, 0, 0};
+                shared.counts = counts, shared.experts = experts;
+                shared.row_tiles = row_tiles, shared.k_blocks = k_blocks;
             }
         }
         __syncthreads();
@@ -99,35 +106,36 @@ class Shares {
                 const int place = place_of(share, total);
                 if (place >= before && place < before + mine) {
                     const int place_before = share == 0 ? place : place_of(share - 1, total);
-                    shared.cuts[i] = cut_at(place - before, place_before - before, four, may_cut);
+                    shared.cuts[i] =
+                        cut_at(place - before, place_before - before, four, row_tiles, k_blocks, may_cut);
                 }
             }
         }
         __syncthreads();
-        low_ = shared.cuts[0];
-        high_ = shared.cuts[1];
-        next_ = low_;
-        next_.item += low_.k > 0;
+        expert_ = shared.cuts[0].expert;
+        item_ = shared.cuts[0].item + (shared.cuts[0].k > 0);
     }
 
     // The CTA's pieces in order; false after the last. No barrier: each role steps its own copy.
     __device__ bool next(Piece& piece) {
+        const Cut& low = shared_.cuts[0];
+        const Cut& high = shared_.cuts[1];
         if (stage_ == 0) {
             stage_ = 1;
-            if (high_.k > 0) {
-                piece = {work_at(high_.expert, high_.item), 0, high_.k, false, true};
+            if (high.k > 0) {
+                piece = {work_at(high.expert, high.item), 0, high.k, false, true, false};
                 return true;
             }
         }
         if (stage_ == 1) {
             if (find_next()) {
-                piece = {work_at(next_.expert, next_.item), 0, k_blocks_, false, false};
-                next_.item++;
+                piece = {work_at(expert_, item_), 0, shared_.k_blocks, false, false, false};
+                item_++;
                 return true;
             }
             stage_ = 2;
-            if (low_.k > 0) {
-                piece = {work_at(low_.expert, low_.item), low_.k, k_blocks_, true, false};
+            if (low.k > 0) {
+                piece = {work_at(low.expert, low.item), low.k, shared_.k_blocks, true, false, false};
                 return true;
             }
         }
@@ -143,15 +151,15 @@ class Shares {
         return max(products, bytes) / 16;
     }
 
-    __device__ void load_counts(int (&four)[4], int index) const {
-        const int first = 4 * index;
-        if (first + 4 <= experts_) {
-            const int4 all = *reinterpret_cast<const int4*>(counts_ + first);
+    __device__ static void load_counts(int (&four)[4], const int32_t* counts, int experts) {
+        const int first = 4 * threadIdx.x;
+        if (first + 4 <= experts) {
+            const int4 all = *reinterpret_cast<const int4*>(counts + first);
             four[0] = all.x, four[1] = all.y, four[2] = all.z, four[3] = all.w;
         } else {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                four[i] = first + i < experts_ ? counts_[first + i] : 0;
+                four[i] = first + i < experts ? counts[first + i] : 0;
             }
         }
     }
@@ -161,29 +169,30 @@ class Shares {
     }
 
     // The cut at a cost within this thread's four experts, given that of the share before.
-    __device__ Cut cut_at(int place, int place_before, const int (&four)[4], bool may_cut) const {
+    __device__ static Cut cut_at(int place, int place_before, const int (&four)[4], int row_tiles,
+                                 int k_blocks, bool may_cut) {
         Cut cut = {0, 0, 0};
         bool found = false;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const TokenBlocks blocks = token_blocks<Shape::kMaxColumns>(four[i]);
             const int cost = item_cost(blocks);
-            const int all = blocks.count * row_tiles_ * cost;
+            const int all = blocks.count * row_tiles * cost;
             if (!found && place < all) {
                 found = true;
                 cut.expert = 4 * static_cast<int>(threadIdx.x) + i;
                 cut.item = place / cost;
                 const int rest = place % cost;
-                cut.k = (2 * rest * k_blocks_ + cost) / (2 * cost);
+                cut.k = (2 * rest * k_blocks + cost) / (2 * cost);
                 if (!may_cut || Shape::columns_for(blocks.rows) > kMaxCutColumns) {
-                    cut.k = 2 * rest >= cost ? k_blocks_ : 0;
+                    cut.k = 2 * rest >= cost ? k_blocks : 0;
                 }
-                if (cut.k > 0 && cut.k < k_blocks_ && place_before > place - rest) {
-                    cut.k = k_blocks_;  // the share before has cut this item
+                if (cut.k > 0 && cut.k < k_blocks && place_before > place - rest) {
+                    cut.k = k_blocks;  // the share before has cut this item
                 }
                 // why: a hand-over costs as much as a few k blocks
-                cut.k = cut.k < kMinCut ? 0 : (cut.k > k_blocks_ - kMinCut ? k_blocks_ : cut.k);
-                if (cut.k == k_blocks_) {
+                cut.k = cut.k < kMinCut ? 0 : (cut.k > k_blocks - kMinCut ? k_blocks : cut.k);
+                if (cut.k == k_blocks) {
                     cut.item++;
                     cut.k = 0;
                 }
@@ -196,21 +205,23 @@ class Shares {
 
     // Steps over experts without rows; false when the next whole item is past this share.
     __device__ bool find_next() {
-        while (next_.expert < experts_ && next_.expert <= high_.expert) {
-            if (next_.expert == high_.expert && next_.item >= high_.item) {
+        const Cut& high = shared_.cuts[1];
+        while (expert_ < shared_.experts && expert_ <= high.expert) {
+            if (expert_ == high.expert && item_ >= high.item) {
                 return false;
             }
-            if (next_.item < token_blocks<Shape::kMaxColumns>(counts_[next_.expert]).count * row_tiles_) {
+            const TokenBlocks blocks = token_blocks<Shape::kMaxColumns>(shared_.counts[expert_]);
+            if (item_ < blocks.count * shared_.row_tiles) {
                 return true;
             }
-            next_.expert++;
-            next_.item = 0;
+            expert_++;
+            item_ = 0;
         }
         return false;
     }
 
     __device__ Work work_at(int expert, int item) const {
-        const int rows = counts_[expert];
+        const int rows = shared_.counts[expert];
         const TokenBlocks blocks = token_blocks<Shape::kMaxColumns>(rows);
         Work work;
         work.expert = expert;
@@ -222,14 +233,10 @@ class Shares {
 
     static constexpr int kMinCut = 2;
 
-    const int32_t* counts_;
-    int experts_;
-    int k_blocks_;
-    int row_tiles_;
-    int stage_ = 0;
-    Cut low_;
-    Cut high_;
-    Cut next_;
+    const Shared& shared_;
+    int stage_ = 0;   // of next(): the head, whole items, the tail
+    int expert_;      // of the next whole item
+    int item_;
 };
 
 }  // namespace moe::scheduler

@@ -1,0 +1,342 @@
+// The expert chain (gate/up GEMM with its activation, down GEMM) without a JVM: times of the cases in
+// bench_cases.h and of prefill, cold weights, graph replay, medians; and bits compared between the
+// wgmma kernels and those with mma.sync, over poisoned outputs.
+//
+//   bench_main [cases] [prefill] [verify] [only=N]
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "../../main/cuda/moe4j.cu"
+#include "bench_cases.h"
+
+#define CHECK_CUDA(call)                                                                     \
+    do {                                                                                     \
+        const cudaError_t code_ = (call);                                                    \
+        if (code_ != cudaSuccess) {                                                          \
+            std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(code_)); \
+            std::exit(2);                                                                    \
+        }                                                                                    \
+    } while (0)
+
+namespace {
+
+enum Stage { kGateUp = 1, kDown = 2, kChain = 3 };
+
+struct Variant {
+    const char* name;
+    void (*gate_up)(moe::StepParams);
+    void (*down)(moe::StepParams);
+    int threads, shared, ctas_per_sm;
+    bool pdl, cuts;
+};
+
+const int kManyShared = moe::kWgmmaSharedBytes<moe::ManyRows>;
+const int kFewShared = moe::kWgmmaSharedBytes<moe::FewRows>;
+const Variant kVariants[] = {
+    {"mma", moe_gate_up_mma, moe_down_mma, 256, moe::kGemmSharedBytes, 2, false, false},
+    {"many", moe_gate_up_wgmma, moe_down_wgmma, moe::kWgmmaThreads, kManyShared, 1, false, false},
+    {"many+cut", moe_gate_up_wgmma, moe_down_wgmma, moe::kWgmmaThreads, kManyShared, 1, false, true},
+    {"many+pdl", moe_gate_up_wgmma, moe_down_wgmma, moe::kWgmmaThreads, kManyShared, 1, true, false},
+    {"many+cut+pdl", moe_gate_up_wgmma, moe_down_wgmma, moe::kWgmmaThreads, kManyShared, 1, true, true},
+    {"few", moe_gate_up_wgmma_few, moe_down_wgmma_few, moe::kWgmmaThreads, kFewShared, 1, false, false},
+    {"few+pdl", moe_gate_up_wgmma_few, moe_down_wgmma_few, moe::kWgmmaThreads, kFewShared, 1, true, false},
+    {"few+cut+pdl", moe_gate_up_wgmma_few, moe_down_wgmma_few, moe::kWgmmaThreads, kFewShared, 1, true, true},
+    {"few2+pdl", moe_gate_up_wgmma_few, moe_down_wgmma_few, moe::kWgmmaThreads, kFewShared, 2, true, false},
+};
+
+struct Random {
+    uint64_t state;
+    uint64_t bits() {
+        uint64_t x = (state += 0x9e3779b97f4a7c15ull);
+        x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+        x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+        return x ^ (x >> 31);
+    }
+    int below(int n) { return static_cast<int>(bits() % static_cast<uint64_t>(n)); }
+};
+
+int g_sms;
+cudaStream_t g_stream;
+uint8_t* g_pool;
+size_t g_pool_bytes;
+
+void fill(void* to, size_t bytes, uint64_t seed, float scale) {
+    const int rows = static_cast<int>(bytes / moe::kTileBytes);
+    moe::FillParams f{static_cast<__nv_bfloat16*>(to), seed, rows, 128, 64, 1, 1, 0, scale, 0};
+    moe_fill_random<<<8 * g_sms, 256, 0, g_stream>>>(f);
+    CHECK_CUDA(cudaGetLastError());
+}
+
+template <class T>
+T* upload(const std::vector<T>& v) {
+    T* d;
+    CHECK_CUDA(cudaMalloc(&d, std::max<size_t>(16, v.size() * sizeof(T))));
+    CHECK_CUDA(cudaMemcpy(d, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice));
+    return d;
+}
+
+// A rank's buffers for given counts, and sets of weights to rotate through.
+struct Bench {
+    std::vector<int> counts;
+    int hidden, intermediate, rows = 0, hit = 0, sets;
+    std::vector<moe::StepParams> with_cuts, without_cuts;
+    std::vector<void*> allocations;
+    __nv_bfloat16 *activated, *expert_out;
+    size_t activated_bytes, expert_out_bytes;
+    static constexpr int kGuardRows = 64;
+
+    Bench(const std::vector<int>& counts, int hidden, int intermediate, int slots)
+        : counts(counts), hidden(hidden), intermediate(intermediate) {
+        const int experts = static_cast<int>(counts.size());
+        Random random{77};
+        std::vector<int> offsets(experts + 1, 0), list;
+        for (int e = 0; e < experts; e++) {
+            offsets[e + 1] = offsets[e] + counts[e];
+            rows += counts[e], hit += counts[e] > 0;
+            for (int i = 0; i < counts[e]; i++) list.push_back(random.below(slots));
+        }
+        const size_t gate_up = 2ull * intermediate * hidden * 2, down = gate_up / 2;
+        const size_t set = (gate_up + down) * experts;
+        sets = static_cast<int>(std::min<size_t>(8, std::max<size_t>(2, (450u << 20) / ((gate_up + down) * hit) + 1)));
+        if (set * sets > g_pool_bytes) sets = static_cast<int>(g_pool_bytes / set);
+
+        const size_t x_bytes = static_cast<size_t>(slots) * hidden * 2;
+        auto* region = static_cast<uint8_t*>(keep(nullptr, (x_bytes + moe::kTileBytes) / moe::kTileBytes * moe::kTileBytes));
+        fill(region, (x_bytes + moe::kTileBytes) / moe::kTileBytes * moe::kTileBytes, 5, 1.7f);
+        activated_bytes = static_cast<size_t>(rows + kGuardRows) * intermediate * 2;
+        expert_out_bytes = static_cast<size_t>(rows + kGuardRows) * hidden * 2;
+        activated = static_cast<__nv_bfloat16*>(keep(nullptr, activated_bytes));
+        expert_out = static_cast<__nv_bfloat16*>(keep(nullptr, expert_out_bytes));
+
+        moe::StepParams p{};
+        p.num_ranks = 1, p.num_local_ranks = 1, p.max_tokens = slots, p.top_k = 8, p.experts = experts;
+        p.experts_per_rank = experts, p.hidden = p.hidden_pad = hidden;
+        p.intermediate = p.intermediate_pad = intermediate;
+        p.activation = moe::kSwiGlu, p.limit = INFINITY, p.timeout_ns = 1000000000;
+        p.ranks = static_cast<moe::RankView*>(keep(upload(std::vector<moe::RankView>{{region}}), 0));
+        auto* d_counts = static_cast<int*>(keep(upload(counts), 0));
+        auto* d_offsets = static_cast<int*>(keep(upload(offsets), 0));
+        auto* d_list = static_cast<int*>(keep(upload(list), 0));
+        auto* sums = static_cast<float*>(keep(nullptr, 4ull * moe::kMaxShares * moe::kTileRows * moe::kMaxCutColumns));
+        auto* ready = static_cast<uint32_t*>(keep(nullptr, 4ull * moe::kMaxShares));
+        CHECK_CUDA(cudaMemset(ready, 0, 4ull * moe::kMaxShares));
+        for (int s = 0; s < sets; s++) {
+            moe::LocalRank me{};
+            me.local_experts = experts;
+            me.expert_counts = d_counts, me.expert_offsets = d_offsets, me.expert_rows = d_list;
+            me.activated = activated, me.expert_out = expert_out;
+            me.w_gate_up = reinterpret_cast<__nv_bfloat16*>(g_pool + s * set);
+            me.w_down = reinterpret_cast<__nv_bfloat16*>(g_pool + s * set + gate_up * experts);
+            for (int cuts = 0; cuts < 2; cuts++) {
+                me.partial_sums = cuts ? sums : nullptr, me.partial_ready = cuts ? ready : nullptr;
+                p.locals = static_cast<moe::LocalRank*>(keep(upload(std::vector<moe::LocalRank>{me}), 0));
+                (cuts ? with_cuts : without_cuts).push_back(p);
+            }
+        }
+        CHECK_CUDA(cudaDeviceSynchronize());
+    }
+
+    ~Bench() {
+        for (void* a : allocations) cudaFree(a);
+    }
+
+    void* keep(void* a, size_t bytes) {
+        if (a == nullptr) CHECK_CUDA(cudaMalloc(&a, bytes));
+        allocations.push_back(a);
+        return a;
+    }
+
+    void launch(const Variant& v, void (*kernel)(moe::StepParams), const moe::StepParams& p) {
+        cudaLaunchConfig_t c{};
+        c.gridDim = dim3(v.ctas_per_sm * g_sms), c.blockDim = dim3(v.threads);
+        c.dynamicSmemBytes = v.shared, c.stream = g_stream;
+        cudaLaunchAttribute a{};
+        a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        a.val.programmaticStreamSerializationAllowed = 1;
+        c.attrs = &a, c.numAttrs = v.pdl;
+        CHECK_CUDA(cudaLaunchKernelEx(&c, kernel, p));
+    }
+
+    void enqueue(const Variant& v, int stage, int set) {
+        const moe::StepParams& p = (v.cuts ? with_cuts : without_cuts)[set];
+        if (stage & kGateUp) launch(v, v.gate_up, p);
+        if (stage & kDown) launch(v, v.down, p);
+    }
+
+    // Median time of a stage over replays of a graph that goes through the sets.
+    double time_us(const Variant& v, int stage, int replays) {
+        const int rounds = std::max(1, 8 / sets);
+        cudaGraph_t graph;
+        cudaGraphExec_t exec;
+        CHECK_CUDA(cudaStreamBeginCapture(g_stream, cudaStreamCaptureModeGlobal));
+        for (int i = 0; i < rounds * sets; i++) enqueue(v, stage, i % sets);
+        CHECK_CUDA(cudaStreamEndCapture(g_stream, &graph));
+        CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
+        cudaEvent_t a, b;
+        CHECK_CUDA(cudaEventCreate(&a));
+        CHECK_CUDA(cudaEventCreate(&b));
+        std::vector<float> times;
+        for (int i = 0; i < replays + 2; i++) {
+            CHECK_CUDA(cudaEventRecord(a, g_stream));
+            CHECK_CUDA(cudaGraphLaunch(exec, g_stream));
+            CHECK_CUDA(cudaEventRecord(b, g_stream));
+            CHECK_CUDA(cudaStreamSynchronize(g_stream));
+            float ms;
+            CHECK_CUDA(cudaEventElapsedTime(&ms, a, b));
+            if (i >= 2) times.push_back(ms);
+        }
+        std::sort(times.begin(), times.end());
+        CHECK_CUDA(cudaEventDestroy(a));
+        CHECK_CUDA(cudaEventDestroy(b));
+        CHECK_CUDA(cudaGraphExecDestroy(exec));
+        CHECK_CUDA(cudaGraphDestroy(graph));
+        return times[times.size() / 2] * 1000.0 / (rounds * sets);
+    }
+
+    std::vector<uint8_t> outputs(const Variant& v, int set, int poison) {
+        CHECK_CUDA(cudaMemsetAsync(activated, poison, activated_bytes, g_stream));
+        CHECK_CUDA(cudaMemsetAsync(expert_out, poison, expert_out_bytes, g_stream));
+        enqueue(v, kChain, set);
+        CHECK_CUDA(cudaGetLastError());
+        CHECK_CUDA(cudaStreamSynchronize(g_stream));
+        std::vector<uint8_t> all(activated_bytes + expert_out_bytes);
+        CHECK_CUDA(cudaMemcpy(all.data(), activated, activated_bytes, cudaMemcpyDeviceToHost));
+        CHECK_CUDA(cudaMemcpy(all.data() + activated_bytes, expert_out, expert_out_bytes, cudaMemcpyDeviceToHost));
+        return all;
+    }
+
+    // Bits of every variant against mma.sync, in every row and in the guard rows. The number of
+    // variants that differ.
+    int verify(const char* name) {
+        int wrong = 0;
+        const auto expected = outputs(kVariants[0], 0, 0xff);
+        for (const Variant& v : kVariants) {
+            for (int again = 0; again < 2; again++) {
+                const auto got = outputs(v, 0, 0xff);
+                if (got == expected) continue;
+                size_t bad = 0, first = 0;
+                for (size_t i = 0; i < got.size(); i += 2) {
+                    if (got[i] != expected[i] || got[i + 1] != expected[i + 1]) {
+                        if (bad++ == 0) first = i;
+                    }
+                }
+                const bool in_out = first >= activated_bytes;
+                const size_t pitch = 2 * (in_out ? hidden : intermediate);
+                const size_t at = in_out ? first - activated_bytes : first;
+                std::printf("  DIFFERS %s %s: %zu of %zu, first in %s row %zu column %zu (rows %d)\n", name, v.name,
+                            bad, got.size() / 2, in_out ? "expert_out" : "activated", at / pitch, at % pitch / 2, rows);
+                wrong++;
+                break;
+            }
+        }
+        return wrong;
+    }
+};
+
+void bench_cases(int only, bool verify, bool time) {
+    const int n = sizeof(kVariants) / sizeof(kVariants[0]);
+    int wrong = 0;
+    std::vector<double> log_sum(n, 0.0);
+    double best_log = 0;
+    int cases = 0;
+    if (time) {
+        std::printf("%-34s %6s %6s |", "chain us", "floor", "peer");
+        for (const Variant& v : kVariants) std::printf(" %12s", v.name);
+        std::printf(" | best/floor best/peer | gate_up down of the best without PDL, / floor\n");
+    }
+    for (const BenchCase& c : kBenchCases) {
+        if (only != 0 && std::atoi(c.name) != only) continue;
+        Bench bench(std::vector<int>(c.counts, c.counts + c.experts), c.hidden, c.intermediate, c.slots);
+        if (verify) wrong += bench.verify(c.name);
+        if (!time) continue;
+        std::printf("%-34s %6.1f %6.1f |", c.name, c.floor[2], c.peer[2]);
+        int best = 0;
+        std::vector<double> us(n);
+        for (int i = 0; i < n; i++) {
+            us[i] = bench.time_us(kVariants[i], kChain, i == 0 ? 3 : 15);
+            if (us[i] < us[best]) best = i;
+            log_sum[i] += std::log(us[i] / c.floor[2]);
+            std::printf(" %12.1f", us[i]);
+            std::fflush(stdout);
+        }
+        Variant plain = kVariants[best];
+        plain.pdl = false;
+        const double g1 = bench.time_us(plain, kGateUp, 9), g2 = bench.time_us(plain, kDown, 9);
+        best_log += std::log(us[best] / c.floor[2]);
+        cases++;
+        std::printf(" | %5.2f %5.2f | %.1f %.1f (%.2f %.2f)\n", us[best] / c.floor[2], us[best] / c.peer[2], g1, g2,
+                    g1 / c.floor[0], g2 / c.floor[1]);
+    }
+    if (time && cases > 0) {
+        std::printf("geometric mean / floor                           |");
+        for (int i = 0; i < n; i++) std::printf(" %12.3f", std::exp(log_sum[i] / cases));
+        std::printf(" | %5.3f\n", std::exp(best_log / cases));
+    }
+    if (verify) std::printf("bits: %s\n", wrong == 0 ? "all variants equal mma.sync" : "SOME DIFFER");
+}
+
+void bench_prefill(bool verify) {
+    struct Shape {
+        const char* name;
+        int hidden, intermediate, experts, top_k, tokens;
+        bool even;
+    };
+    const Shape shapes[] = {{"qwen3-30b-a3b 4096 tokens, even", 2048, 768, 128, 8, 4096, true},
+                            {"qwen3-30b-a3b 4096 tokens, random", 2048, 768, 128, 8, 4096, false},
+                            {"mixtral-8x7b 4096 tokens, even", 4096, 14336, 8, 2, 4096, true},
+                            {"mixtral-8x7b 4096 tokens, random", 4096, 14336, 8, 2, 4096, false}};
+    for (const Shape& s : shapes) {
+        std::vector<int> counts(s.experts, 0);
+        Random random{3};
+        for (int i = 0; i < s.tokens * s.top_k; i++) counts[s.even ? i % s.experts : random.below(s.experts)]++;
+        Bench bench(counts, s.hidden, s.intermediate, s.tokens);
+        if (verify && s.experts == 128) std::printf("%s", bench.verify(s.name) ? "" : "bits equal; ");
+        const double flop = 2.0 * bench.rows * s.hidden * s.intermediate;
+        std::printf("%-36s", s.name);
+        for (const Variant& v : kVariants) {
+            if (std::strncmp(v.name, "few", 3) == 0 || v.cuts) continue;
+            const int replays = v.gate_up == moe_gate_up_mma ? 1 : 5;
+            const double g1 = bench.time_us(v, kGateUp, replays), g2 = bench.time_us(v, kDown, replays);
+            const double both = bench.time_us(v, kChain, replays);
+            std::printf(" | %s %.0f us, TFLOP/s %.0f %.0f chain %.0f", v.name, both, 2 * flop / g1 * 1e-6,
+                        flop / g2 * 1e-6, 3 * flop / both * 1e-6);
+            std::fflush(stdout);
+        }
+        std::printf("\n");
+    }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    auto asked = [&](const char* word) {
+        for (int i = 1; i < argc; i++) {
+            if (std::strcmp(argv[i], word) == 0) return true;
+        }
+        return false;
+    };
+    int only = 0;
+    for (int i = 1; i < argc; i++) {
+        if (std::strncmp(argv[i], "only=", 5) == 0) only = std::atoi(argv[i] + 5);
+    }
+    CHECK_CUDA(cudaStreamCreateWithFlags(&g_stream, cudaStreamNonBlocking));
+    CHECK_CUDA(cudaDeviceGetAttribute(&g_sms, cudaDevAttrMultiProcessorCount, 0));
+    for (const Variant& v : kVariants) {
+        CHECK_CUDA(cudaFuncSetAttribute(v.gate_up, cudaFuncAttributeMaxDynamicSharedMemorySize, v.shared));
+        CHECK_CUDA(cudaFuncSetAttribute(v.down, cudaFuncAttributeMaxDynamicSharedMemorySize, v.shared));
+    }
+    g_pool_bytes = 10ull << 30;
+    CHECK_CUDA(cudaMalloc(&g_pool, g_pool_bytes));
+    fill(g_pool, g_pool_bytes, 11, 0.05f);
+    CHECK_CUDA(cudaStreamSynchronize(g_stream));
+    if (asked("cases") || asked("verify")) bench_cases(only, asked("verify"), asked("cases"));
+    if (asked("prefill")) bench_prefill(asked("verify"));
+    return 0;
+}
