@@ -326,6 +326,7 @@ int main(int argc, char** argv) {
     for (int i = 1; i < argc; i++) {
         if (std::strncmp(argv[i], "only=", 5) == 0) only = std::atoi(argv[i] + 5);
     }
+    std::setvbuf(stdout, nullptr, _IOLBF, 0);
     CHECK_CUDA(cudaStreamCreateWithFlags(&g_stream, cudaStreamNonBlocking));
     CHECK_CUDA(cudaDeviceGetAttribute(&g_sms, cudaDevAttrMultiProcessorCount, 0));
     for (const Variant& v : kVariants) {

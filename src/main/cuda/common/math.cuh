@@ -3,11 +3,13 @@
 // why: the compiler may contract a * b + c differently in two kernels, and decode, prefill and
 // portable kernels have to agree bit for bit.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "../layout/step_params.cuh"
+#include "../ptx/approximate.cuh"
 
 namespace moe {
 
@@ -15,23 +17,30 @@ __device__ __forceinline__ float sigmoid(float x) {
     return __frcp_rn(__fadd_rn(1.0f, expf(-x)));
 }
 
-// gate * sigmoid(gate) * up
-__device__ __forceinline__ float swiglu(float gate, float up) {
-    return __fmul_rn(__fmul_rn(gate, sigmoid(gate)), up);
-}
+// The activation of a layer, SwiGLU or clamped SwiGLU, as one formula:
+//   (u + shift) * (g * sigmoid(alpha * g)), g = min(gate, limit), u = clamp(up, -limit, limit)
+// why: a choice at each of a tile's outputs doubles the code of the epilogue, which is fetched from
+// memory whenever a kernel starts
+struct Activation {
+    float limit;
+    float alpha;
+    float shift;
 
-// (u + 1) * (g * sigmoid(alpha * g)), g = min(gate, limit), u = clamp(up, -limit, limit)
-__device__ __forceinline__ float clamped_swiglu(float gate, float up, float alpha, float limit) {
-    // why: comparisons, not fminf, which would turn NaN into the limit
-    const float g = gate > limit ? limit : gate;
-    const float u = up > limit ? limit : (up < -limit ? -limit : up);
-    return __fmul_rn(__fadd_rn(u, 1.0f), __fmul_rn(g, sigmoid(__fmul_rn(alpha, g))));
-}
+    __device__ __forceinline__ Activation(int32_t kind, float alpha, float limit)
+        : limit(kind == kClampedSwiGlu ? limit : INFINITY),
+          alpha(kind == kClampedSwiGlu ? alpha : 1.0f),
+          shift(kind == kClampedSwiGlu ? 1.0f : 0.0f) {}
 
-__device__ __forceinline__ float activate(float gate, float up, int32_t kind, float alpha,
-                                          float limit) {
-    return kind == kClampedSwiGlu ? clamped_swiglu(gate, up, alpha, limit) : swiglu(gate, up);
-}
+    __device__ __forceinline__ float operator()(float gate, float up) const {
+        // why: comparisons, not fminf, which would turn NaN into the limit
+        const float g = gate > limit ? limit : gate;
+        const float u = up > limit ? limit : (up < -limit ? -limit : up);
+        // sigmoid by the special function units: two units in the last place or so, far below bf16
+        const float e = ptx::exp2_approx(__fmul_rn(__fmul_rn(alpha, g), -1.44269504f));
+        const float s = ptx::reciprocal_approx(__fadd_rn(1.0f, e));
+        return __fmul_rn(__fadd_rn(u, shift), __fmul_rn(g, s));
+    }
+};
 
 // Two floats rounded to nearest even, the first in the low half.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {

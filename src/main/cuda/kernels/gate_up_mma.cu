@@ -6,11 +6,11 @@
 extern "C" __global__ __launch_bounds__(moe::kGemmThreads, 2)
 void moe_gate_up_mma(const __grid_constant__ moe::StepParams p) {
     moe::masked_gemm(moe::gate_up_operands(p, p.locals[blockIdx.y]),
-                     moe::GateUpEpilogue{p.activation, p.alpha, p.limit});
+                     moe::GateUpEpilogue{moe::Activation(p.activation, p.alpha, p.limit)});
 }
 
 extern "C" __global__ __launch_bounds__(moe::kGemmThreads, 2)
 void moe_shared_gate_up_mma(const __grid_constant__ moe::StepParams p) {
     moe::masked_gemm(moe::shared_gate_up_operands(p, p.locals[blockIdx.y]),
-                     moe::GateUpEpilogue{p.activation, p.alpha, p.limit});
+                     moe::GateUpEpilogue{moe::Activation(p.activation, p.alpha, p.limit)});
 }

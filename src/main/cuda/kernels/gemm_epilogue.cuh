@@ -115,9 +115,7 @@ __device__ __forceinline__ void store_8x8(__nv_bfloat16* out, int64_t row0, int 
 
 // Bias, activation, bf16. Lane: feature lane / 4 of the warp's 8, gate in acc[.][0..1], up in [2..3].
 struct GateUpEpilogue {
-    int32_t activation;
-    float alpha;
-    float limit;
+    Activation activation;
 
     template <int kColumns, int kBlocks>
     __device__ __forceinline__ void store(const GemmOperands& g, const scheduler::Work& work,
@@ -140,14 +138,10 @@ struct GateUpEpilogue {
             float v[2];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                float gate = acc[j][i];
-                float up = acc[j][i + 2];
-                if (g.bias != nullptr) {
-                    gate = __fadd_rn(gate, gate_bias);
-                    up = __fadd_rn(up, up_bias);
-                }
+                const float value = activation(__fadd_rn(acc[j][i], gate_bias),
+                                               __fadd_rn(acc[j][i + 2], up_bias));
                 // why: a token with an Inf would leave NaN, not zero, in the pad
-                v[i] = real ? activate(gate, up, activation, alpha, limit) : 0.0f;
+                v[i] = real ? value : 0.0f;
             }
             store_8x8(g.out, row0, 8 * j, work.rows, g.out_pitch, feature0, pack_bf16(v[0], v[1]));
         }
@@ -178,9 +172,7 @@ struct DownEpilogue {
                 float v[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const float sum = acc[j][2 * half + i];
-                    v[i] = feature >= g.features ? 0.0f
-                                                 : (bias == nullptr ? sum : __fadd_rn(sum, add));
+                    v[i] = feature >= g.features ? 0.0f : __fadd_rn(acc[j][2 * half + i], add);
                 }
                 store_8x8(g.out, row0, 8 * j, work.rows, g.out_pitch, feature0 + 8 * half,
                           pack_bf16(v[0], v[1]));

@@ -130,81 +130,116 @@ __device__ __forceinline__ uint32_t barrier_at(uint32_t barriers, int index) {
     return barriers + 8 * index;
 }
 
-// Warpgroup 2, one thread. The first barrier of a piece that it arrives at also publishes the piece.
+// Warpgroup 2, one thread. The first barrier of a piece that it arrives at also publishes the piece,
+// the last whether it was the CTA's last.
 template <class Shape>
 __device__ __forceinline__ void stream_weights(WgmmaShared<Shape>& shared, const Rings<Shape>& rings,
                                                scheduler::Shares<Shape> shares) {
     RingPosition<Shape::kWeightStages> stage;
     const GemmOperands& g = shared.operands;
     scheduler::Piece piece;
-    bool more = shares.next(piece);
+    if (!shares.next(piece)) {
+        shared.pieces[0].k_end = 0;
+        ptx::mbarrier_arrive(rings.weights_ready);
+        return;
+    }
+    bool more = true;
     for (int number = 0; more; number++) {
-        scheduler::Piece after;
-        more = shares.next(after);
-        piece.last = !more;
         const uint8_t* tile = reinterpret_cast<const uint8_t*>(
             g.weights + tile_offset(piece.work.expert, piece.work.row_tile, piece.k_begin, g.row_tiles,
                                     g.k_blocks));
-        for (int k = piece.k_begin; k < piece.k_end; k++) {
+        const int k_end = piece.k_end;
+        scheduler::Piece& listed = shared.pieces[number % kPieces];
+#pragma unroll 1
+        for (int k = piece.k_begin; k < k_end; k++) {
             ptx::mbarrier_wait(barrier_at(rings.weights_free, stage.index), stage.parity ^ 1);
-            if (k == piece.k_begin) {
-                shared.pieces[number % kPieces] = piece;
-            }
             const uint32_t ready = barrier_at(rings.weights_ready, stage.index);
-            ptx::mbarrier_arrive_expect(ready, kTileBytes);
             ptx::bulk_copy(rings.weights + stage.index * kTileBytes, tile, kTileBytes, ready);
+            if (k == piece.k_begin) {
+                listed = piece;
+            }
+            if (k + 1 == k_end) {
+                more = shares.next(piece);
+                listed.last = !more;
+            }
+            ptx::mbarrier_arrive_expect(ready, kTileBytes);
             tile += kTileBytes;
             stage.step();
+            if (k + 1 == k_end) {
+                break;
+            }
         }
-        piece = after;
     }
 }
 
-// Warpgroup 2, warps 1 and 2. A thread copies 16-byte chunk c of rows r, r + 8, .. of each k block.
-template <class Shape>
-__device__ __forceinline__ void gather_tokens(const Rings<Shape>& rings, const GemmOperands& g,
-                                              scheduler::Shares<Shape> shares) {
-    constexpr int kRowsAtOnce = kGatherThreads / 8;
-    constexpr int kPasses = (Shape::kMaxColumns + kRowsAtOnce - 1) / kRowsAtOnce;
+// A thread copies 16-byte chunk c of rows r, r + 8, .. of each k block.
+template <int kColumns, class Shape>
+__device__ __forceinline__ void gather_piece(const Rings<Shape>& rings,
+                                             RingPosition<Shape::kTokenSlots>& slot,
+                                             const GemmOperands& g, const scheduler::Piece& piece) {
+    constexpr int kGroup = k_blocks_of_slot<Shape>(kColumns);
+    constexpr int kPasses = kColumns / 8;
     const int thread = threadIdx.x % 128 - 32;
     const int row0 = thread / 8;
     const int chunk = thread % 8;
-    const uint4* in = reinterpret_cast<const uint4*>(g.in);
+    const int rows = piece.work.rows;
+    const int64_t first = g.first_row(piece.work);
+    // why: 32 bits of 16-byte chunks reach 64 GiB, and there are many of them
+    uint32_t source[kPasses];
+#pragma unroll
+    for (int i = 0; i < kPasses; i++) {
+        // why: a copy of the last row is cheaper than a branch; its products are not stored
+        const int64_t packed = first + min(row0 + 8 * i, rows - 1);
+        const int64_t from = g.gather == nullptr ? packed : g.gather[packed];
+        source[i] = static_cast<uint32_t>(from * (g.k_blocks * 8)) + chunk;
+    }
+    const bool copies = kColumns > 8 || row0 < rows;
+    const uint4* in = reinterpret_cast<const uint4*>(g.in) + piece.k_begin * 8;
+    const uint32_t place = swizzled(row0, chunk);
+#pragma unroll 1
+    for (int k = piece.k_begin; k < piece.k_end; k += kGroup) {
+        ptx::mbarrier_wait(barrier_at(rings.tokens_free, slot.index), slot.parity ^ 1);
+        const uint32_t to = rings.tokens + slot.index * Shape::kSlotBytes + place;
+        if (copies) {
+#pragma unroll
+            for (int block = 0; block < kGroup; block++) {
+                if (block == 0 || k + block < piece.k_end) {
+#pragma unroll
+                    for (int i = 0; i < kPasses; i++) {
+                        ptx::cp_async_16(to + (block * kColumns + 8 * i) * kRowBytes, in + source[i] + block * 8);
+                    }
+                }
+            }
+        }
+        in += kGroup * 8;
+        ptx::mbarrier_arrive_after_cp_async(barrier_at(rings.tokens_ready, slot.index));
+        slot.step();
+    }
+}
+
+// Warpgroup 2, warps 1 and 2.
+template <class Shape>
+__device__ __forceinline__ void gather_tokens(const Rings<Shape>& rings, const GemmOperands& g,
+                                              scheduler::Shares<Shape> shares) {
     RingPosition<Shape::kTokenSlots> slot;
     scheduler::Piece piece;
     while (shares.next(piece)) {
-        const int rows = piece.work.rows;
-        const int columns = Shape::columns_for(rows);
-        const int group = k_blocks_of_slot<Shape>(columns);
-        const int64_t first = g.first_row(piece.work);
-        // why: 32 bits of 16-byte chunks reach 64 GiB, and there are many of them
-        uint32_t source[kPasses];
-#pragma unroll
-        for (int i = 0; i < kPasses; i++) {
-            const int row = row0 + kRowsAtOnce * i;
-            if (row < rows) {
-                const int64_t packed = first + row;
-                const int64_t from = g.gather == nullptr ? packed : g.gather[packed];
-                source[i] = static_cast<uint32_t>(from * (g.k_blocks * 8)) + chunk;
-            }
-        }
-        for (int k = piece.k_begin; k < piece.k_end; k += group) {
-            ptx::mbarrier_wait(barrier_at(rings.tokens_free, slot.index), slot.parity ^ 1);
-            uint32_t to = rings.tokens + slot.index * Shape::kSlotBytes + swizzled(row0, chunk);
-            for (int block = k; block < min(k + group, piece.k_end); block++) {
-#pragma unroll
-                for (int i = 0; i < kPasses; i++) {
-                    if (kRowsAtOnce * i >= rows) {
-                        break;
-                    }
-                    if (row0 + kRowsAtOnce * i < rows) {
-                        ptx::cp_async_16(to + i * kRowsAtOnce * kRowBytes, in + source[i] + block * 8, true);
+        const int columns = Shape::columns_for(piece.work.rows);
+        switch (columns) {
+            case 8: gather_piece<8>(rings, slot, g, piece); break;
+            case 16: gather_piece<16>(rings, slot, g, piece); break;
+            case 32: gather_piece<32>(rings, slot, g, piece); break;
+            default:
+                if constexpr (Shape::kMaxColumns > 32) {
+                    switch (columns) {
+                        case 64: gather_piece<64>(rings, slot, g, piece); break;
+                        case 96: gather_piece<96>(rings, slot, g, piece); break;
+                        case 128: gather_piece<128>(rings, slot, g, piece); break;
+                        case 144: gather_piece<144>(rings, slot, g, piece); break;
+                        case 192: gather_piece<192>(rings, slot, g, piece); break;
+                        default: gather_piece<256>(rings, slot, g, piece);
                     }
                 }
-                to += columns * kRowBytes;
-            }
-            ptx::mbarrier_arrive_after_cp_async(barrier_at(rings.tokens_ready, slot.index));
-            slot.step();
         }
     }
 }
@@ -365,6 +400,9 @@ __device__ __forceinline__ void multiply(const WgmmaShared<Shape>& shared, const
         // Known when the first weights of the piece are
         ptx::mbarrier_wait(barrier_at(rings.weights_ready, at.weights.index), at.weights.parity);
         const scheduler::Piece& piece = shared.pieces[number % kPieces];
+        if (piece.k_end == 0) {
+            break;  // there is none
+        }
         const int columns = Shape::columns_for(piece.work.rows);
         switch (columns) {
             case 8: multiply_piece<8>(rings, at, g, me, piece, epilogue); break;
@@ -439,11 +477,7 @@ __device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& operands, 
         if constexpr (Shape::kMovesRegisters) {
             ptx::take_registers<kMultiplierRegisters>();
         }
-        scheduler::Shares<Shape> mine = shares;
-        scheduler::Piece first;
-        if (mine.next(first)) {
-            multiply(shared, rings, me, epilogue);
-        }
+        multiply(shared, rings, me, epilogue);
     }
 }
 

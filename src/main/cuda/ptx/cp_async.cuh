@@ -16,6 +16,10 @@ __device__ __forceinline__ void cp_async_16(uint32_t to_shared, const void* from
                  : "memory");
 }
 
+__device__ __forceinline__ void cp_async_16(uint32_t to_shared, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to_shared), "l"(from) : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }

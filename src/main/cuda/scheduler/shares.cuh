@@ -18,8 +18,11 @@ struct TokenBlocks {
 
 template <int kMaxColumns>
 __device__ __forceinline__ TokenBlocks token_blocks(int rows) {
+    if (rows <= kMaxColumns) {
+        return {rows > 0 ? 1 : 0, (rows + 7) / 8 * 8};
+    }
     const int count = (rows + kMaxColumns - 1) / kMaxColumns;
-    return {count, count == 0 ? 0 : ((rows + count - 1) / count + 7) / 8 * 8};
+    return {count, ((rows + count - 1) / count + 7) / 8 * 8};
 }
 
 struct Piece {
@@ -41,9 +44,12 @@ struct Cut {
 template <class Shape>
 class Shares {
    public:
+    static constexpr int kGroups = kMaxExperts / 32;  // of 32 experts
+    static_assert(kGroups == 32, "one warp scans them");
+
     struct Shared {
-        int32_t warp_cost[kThreads / 32];
-        int32_t warp_items[kThreads / 32];
+        int32_t group_cost[kGroups];
+        int32_t group_items[kGroups];
         Cut cuts[2];
         const int32_t* counts;
         int32_t experts;
@@ -51,65 +57,32 @@ class Shares {
         int32_t k_blocks;
     };
 
-    // All threads of the CTA, of which the first 256 scan; ends with a barrier.
+    // All threads of the CTA, of which the first 256 work; ends with a barrier.
+    // why so few lines: every instruction of a kernel's start is fetched from memory
     __device__ Shares(Shared& shared, const int32_t* counts, int experts, int row_tiles, int k_blocks,
                       bool may_cut)
         : shared_(shared) {
-        int four[4];
-        int mine = 0;
-        int items = 0;
-        int sum = 0;
         if (threadIdx.x < kThreads) {
-            load_counts(four, counts, experts);
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const TokenBlocks blocks = token_blocks<Shape::kMaxColumns>(four[i]);
-                mine += blocks.count * row_tiles * item_cost(blocks);
-                items += blocks.count * row_tiles;
-            }
-            // Inclusive scan over the warp, then over the warps' sums
-            const int lane = threadIdx.x % 32;
-            sum = mine;
-#pragma unroll
-            for (int offset = 1; offset < 32; offset *= 2) {
-                const int other = __shfl_up_sync(0xffffffffu, sum, offset);
-                sum += lane >= offset ? other : 0;
-            }
-            items = __reduce_add_sync(0xffffffffu, items);
-            if (lane == 31) {
-                shared.warp_cost[threadIdx.x / 32] = sum;
-                shared.warp_items[threadIdx.x / 32] = items;
-            }
-            if (threadIdx.x < 2) {
-                shared.cuts[threadIdx.x] = {experts, 0, 0};
+            if (threadIdx.x == 0) {
                 shared.counts = counts, shared.experts = experts;
                 shared.row_tiles = row_tiles, shared.k_blocks = k_blocks;
             }
-        }
-        __syncthreads();
-        if (threadIdx.x < kThreads) {
-            int total = 0;
-            int all_items = 0;
-            int before = sum - mine;
-#pragma unroll
-            for (int w = 0; w < kThreads / 32; w++) {
-                before += w < static_cast<int>(threadIdx.x) / 32 ? shared.warp_cost[w] : 0;
-                total += shared.warp_cost[w];
-                all_items += shared.warp_items[w];
-            }
-            // Whole items where they fill the last round, or nearly
-            const int rounds = (all_items + gridDim.x - 1) / gridDim.x;
-            may_cut = may_cut && 10 * rounds * static_cast<int>(gridDim.x) > 11 * all_items;
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const int share = blockIdx.x + i;
-                const int place = place_of(share, total);
-                if (place >= before && place < before + mine) {
-                    const int place_before = share == 0 ? place : place_of(share - 1, total);
-                    shared.cuts[i] =
-                        cut_at(place - before, place_before - before, four, row_tiles, k_blocks, may_cut);
+#pragma unroll 1
+            for (int expert = threadIdx.x; expert < kMaxExperts; expert += kThreads) {
+                const int rows = expert < experts ? counts[expert] : 0;
+                const TokenBlocks blocks = token_blocks<Shape::kMaxColumns>(rows);
+                const int items = blocks.count * row_tiles;
+                const int cost = __reduce_add_sync(0xffffffffu, items * item_cost(blocks));
+                const int all_items = __reduce_add_sync(0xffffffffu, items);
+                if (threadIdx.x % 32 == 0) {
+                    shared.group_cost[expert / 32] = cost;
+                    shared.group_items[expert / 32] = all_items;
                 }
             }
+        }
+        __syncthreads();
+        if (threadIdx.x < 64) {
+            find_cut(shared, threadIdx.x / 32, may_cut);
         }
         __syncthreads();
         expert_ = shared.cuts[0].expert;
@@ -147,60 +120,75 @@ class Shares {
     // or cache bandwidth.
     __device__ static int item_cost(TokenBlocks blocks) {
         const int products = 4 * Shape::columns_for(blocks.rows) + 64;
-        const int bytes = blocks.count <= 1 ? 512 : 256 + 256 / blocks.count;
+        const int bytes = blocks.count <= 1 ? 512 : 320;
         return max(products, bytes) / 16;
     }
 
-    __device__ static void load_counts(int (&four)[4], const int32_t* counts, int experts) {
-        const int first = 4 * threadIdx.x;
-        if (first + 4 <= experts) {
-            const int4 all = *reinterpret_cast<const int4*>(counts + first);
-            four[0] = all.x, four[1] = all.y, four[2] = all.z, four[3] = all.w;
-        } else {
+    __device__ static int inclusive_scan(int value) {
+        const int lane = threadIdx.x % 32;
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                four[i] = first + i < experts ? counts[first + i] : 0;
-            }
+        for (int offset = 1; offset < 32; offset *= 2) {
+            const int other = __shfl_up_sync(0xffffffffu, value, offset);
+            value += lane >= offset ? other : 0;
         }
+        return value;
     }
 
-    __device__ static int place_of(int share, int total) {
-        return static_cast<int>(static_cast<int64_t>(total) * share / gridDim.x);
-    }
+    // One warp finds where this CTA's share begins (which = 0) or ends (1).
+    __device__ static void find_cut(Shared& shared, int which, bool may_cut) {
+        const int lane = threadIdx.x % 32;
+        const int group_cost = shared.group_cost[lane];
+        const int group_scan = inclusive_scan(group_cost);
+        const int total = __shfl_sync(0xffffffffu, group_scan, 31);
+        const int all_items = __reduce_add_sync(0xffffffffu, shared.group_items[lane]);
+        // Whole items where they fill the last round, or nearly
+        const int grid = gridDim.x;
+        const int rounds = (all_items + grid - 1) / grid;
+        may_cut = may_cut && 10 * rounds * grid > 11 * all_items;
 
-    // The cut at a cost within this thread's four experts, given that of the share before.
-    __device__ static Cut cut_at(int place, int place_before, const int (&four)[4], int row_tiles,
-                                 int k_blocks, bool may_cut) {
-        Cut cut = {0, 0, 0};
-        bool found = false;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const TokenBlocks blocks = token_blocks<Shape::kMaxColumns>(four[i]);
-            const int cost = item_cost(blocks);
-            const int all = blocks.count * row_tiles * cost;
-            if (!found && place < all) {
-                found = true;
-                cut.expert = 4 * static_cast<int>(threadIdx.x) + i;
-                cut.item = place / cost;
-                const int rest = place % cost;
-                cut.k = (2 * rest * k_blocks + cost) / (2 * cost);
-                if (!may_cut || Shape::columns_for(blocks.rows) > kMaxCutColumns) {
-                    cut.k = 2 * rest >= cost ? k_blocks : 0;
-                }
-                if (cut.k > 0 && cut.k < k_blocks && place_before > place - rest) {
-                    cut.k = k_blocks;  // the share before has cut this item
-                }
-                // why: a hand-over costs as much as a few k blocks
-                cut.k = cut.k < kMinCut ? 0 : (cut.k > k_blocks - kMinCut ? k_blocks : cut.k);
-                if (cut.k == k_blocks) {
-                    cut.item++;
-                    cut.k = 0;
-                }
+        const int share = blockIdx.x + which;
+        const int each = total / grid;
+        const int rest = total % grid;
+        const int place = each * share + rest * share / grid;
+        const int place_before = place - each - 1;  // of the share before, or one less
+
+        const unsigned groups = __ballot_sync(0xffffffffu, place < group_scan);
+        if (groups == 0) {
+            if (lane == 0) {
+                shared.cuts[which] = {shared.experts, 0, 0};
             }
-            place -= all;
-            place_before -= all;
+            return;
         }
-        return cut;
+        const int group = __ffs(groups) - 1;
+        const int before_group = __shfl_sync(0xffffffffu, group_scan - group_cost, group);
+        const int expert = 32 * group + lane;
+        const TokenBlocks blocks = token_blocks<Shape::kMaxColumns>(
+            expert < shared.experts ? shared.counts[expert] : 0);
+        const int cost = item_cost(blocks);
+        const int all = blocks.count * shared.row_tiles * cost;
+        const int end = before_group + inclusive_scan(all);
+        if (lane != __ffs(__ballot_sync(0xffffffffu, place < end)) - 1) {
+            return;
+        }
+        const int k_blocks = shared.k_blocks;
+        Cut cut;
+        cut.expert = expert;
+        cut.item = (place - (end - all)) / cost;
+        const int within = place - (end - all) - cut.item * cost;
+        cut.k = (2 * within * k_blocks + cost) / (2 * cost);
+        if (!may_cut || Shape::columns_for(blocks.rows) > kMaxCutColumns) {
+            cut.k = 2 * within >= cost ? k_blocks : 0;
+        }
+        if (cut.k > 0 && cut.k < k_blocks && share > 0 && place_before > place - within) {
+            cut.k = k_blocks;  // the share before has cut this item
+        }
+        // why: a hand-over costs as much as a few k blocks
+        cut.k = cut.k < kMinCut ? 0 : (cut.k > k_blocks - kMinCut ? k_blocks : cut.k);
+        if (cut.k == k_blocks) {
+            cut.item++;
+            cut.k = 0;
+        }
+        shared.cuts[which] = cut;
     }
 
     // Steps over experts without rows; false when the next whole item is past this share.
@@ -225,8 +213,8 @@ class Shares {
         const TokenBlocks blocks = token_blocks<Shape::kMaxColumns>(rows);
         Work work;
         work.expert = expert;
-        work.row_tile = item / blocks.count;
-        work.first_row = item % blocks.count * blocks.rows;
+        work.row_tile = blocks.count == 1 ? item : item / blocks.count;
+        work.first_row = (item - work.row_tile * blocks.count) * blocks.rows;
         work.rows = min(blocks.rows, rows - work.first_row);
         return work;
     }
