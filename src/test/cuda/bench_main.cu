@@ -42,13 +42,11 @@ const int kFewShared = moe::kWgmmaSharedBytes<moe::FewRows>;
 const Variant kVariants[] = {
     {"mma", moe_gate_up_mma, moe_down_mma, 256, moe::kGemmSharedBytes, 2, false, false},
     {"many", moe_gate_up_wgmma, moe_down_wgmma, moe::kWgmmaThreads, kManyShared, 1, false, false},
-    {"many+cut", moe_gate_up_wgmma, moe_down_wgmma, moe::kWgmmaThreads, kManyShared, 1, false, true},
     {"many+pdl", moe_gate_up_wgmma, moe_down_wgmma, moe::kWgmmaThreads, kManyShared, 1, true, false},
     {"many+cut+pdl", moe_gate_up_wgmma, moe_down_wgmma, moe::kWgmmaThreads, kManyShared, 1, true, true},
-    {"few", moe_gate_up_wgmma_few, moe_down_wgmma_few, moe::kWgmmaThreads, kFewShared, 1, false, false},
-    {"few+pdl", moe_gate_up_wgmma_few, moe_down_wgmma_few, moe::kWgmmaThreads, kFewShared, 1, true, false},
-    {"few+cut+pdl", moe_gate_up_wgmma_few, moe_down_wgmma_few, moe::kWgmmaThreads, kFewShared, 1, true, true},
+    {"few2", moe_gate_up_wgmma_few, moe_down_wgmma_few, moe::kWgmmaThreads, kFewShared, 2, false, false},
     {"few2+pdl", moe_gate_up_wgmma_few, moe_down_wgmma_few, moe::kWgmmaThreads, kFewShared, 2, true, false},
+    {"few2+cut+pdl", moe_gate_up_wgmma_few, moe_down_wgmma_few, moe::kWgmmaThreads, kFewShared, 2, true, true},
 };
 
 struct Random {
@@ -124,7 +122,7 @@ struct Bench {
         auto* d_counts = static_cast<int*>(keep(upload(counts), 0));
         auto* d_offsets = static_cast<int*>(keep(upload(offsets), 0));
         auto* d_list = static_cast<int*>(keep(upload(list), 0));
-        auto* sums = static_cast<float*>(keep(nullptr, 4ull * moe::kMaxShares * moe::kTileRows * moe::kMaxCutColumns));
+        auto* sums = static_cast<float*>(keep(nullptr, 4ull * moe::kMaxShares * moe::kPartialFloats));
         auto* ready = static_cast<uint32_t*>(keep(nullptr, 4ull * moe::kMaxShares));
         CHECK_CUDA(cudaMemset(ready, 0, 4ull * moe::kMaxShares));
         for (int s = 0; s < sets; s++) {

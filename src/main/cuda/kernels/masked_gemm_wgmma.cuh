@@ -42,11 +42,15 @@ struct ManyRows {
     static constexpr int kTokenSlots = 4;
     static constexpr int kSlotBytes = 256 * kRowBytes;
     static constexpr bool kMovesRegisters = true;
+    static constexpr int kProductClocks = 4;  // a column and k block
+    static constexpr int kCacheBytesPerClock = 36;
+    static constexpr int kMemoryClocks = 560;
 
     __device__ static constexpr int columns_for(int rows) {
         return rows <= 8     ? 8
                : rows <= 16  ? 16
                : rows <= 32  ? 32
+               : rows <= 48  ? 48
                : rows <= 64  ? 64
                : rows <= 96  ? 96
                : rows <= 128 ? 128
@@ -58,14 +62,17 @@ struct ManyRows {
 
 // Two CTAs share an SM, so that the next kernel's weights stream while this one ends.
 struct FewRows {
-    static constexpr int kMaxColumns = 32;
+    static constexpr int kMaxColumns = 64;
     static constexpr int kWeightStages = 5;
     static constexpr int kTokenSlots = 3;
     static constexpr int kSlotBytes = 64 * kRowBytes;
     static constexpr bool kMovesRegisters = false;
+    static constexpr int kProductClocks = 8;
+    static constexpr int kCacheBytesPerClock = 18;
+    static constexpr int kMemoryClocks = 1120;
 
     __device__ static constexpr int columns_for(int rows) {
-        return rows <= 8 ? 8 : (rows <= 16 ? 16 : 32);
+        return rows <= 8 ? 8 : (rows <= 16 ? 16 : (rows <= 32 ? 32 : (rows <= 48 ? 48 : 64)));
     }
 };
 
@@ -229,10 +236,11 @@ __device__ __forceinline__ void gather_tokens(const Rings<Shape>& rings, const G
             case 8: gather_piece<8>(rings, slot, g, piece); break;
             case 16: gather_piece<16>(rings, slot, g, piece); break;
             case 32: gather_piece<32>(rings, slot, g, piece); break;
+            case 48: gather_piece<48>(rings, slot, g, piece); break;
+            case 64: gather_piece<64>(rings, slot, g, piece); break;
             default:
-                if constexpr (Shape::kMaxColumns > 32) {
+                if constexpr (Shape::kMaxColumns > 64) {
                     switch (columns) {
-                        case 64: gather_piece<64>(rings, slot, g, piece); break;
                         case 96: gather_piece<96>(rings, slot, g, piece); break;
                         case 128: gather_piece<128>(rings, slot, g, piece); break;
                         case 144: gather_piece<144>(rings, slot, g, piece); break;
@@ -252,7 +260,7 @@ __device__ __forceinline__ void sync_multipliers() {
 template <int kBlocks>
 __device__ __forceinline__ void hand_over(const LocalRank& me, const float (&acc)[kBlocks][4]) {
     float4* to = reinterpret_cast<float4*>(me.partial_sums) +
-                 static_cast<int64_t>(blockIdx.x) * (kTileRows * kMaxCutColumns / 4) + threadIdx.x;
+                 static_cast<int64_t>(blockIdx.x) * (kPartialFloats / 4) + threadIdx.x;
 #pragma unroll
     for (int j = 0; j < kBlocks; j++) {
         __stcg(to + j * kMultiplyThreads, make_float4(acc[j][0], acc[j][1], acc[j][2], acc[j][3]));
@@ -271,7 +279,7 @@ __device__ __forceinline__ void take_over(float (&acc)[kBlocks][4], const LocalR
     while (ptx::load_acquire_gpu(me.partial_ready + giver) == 0) {
     }
     const float4* from = reinterpret_cast<const float4*>(me.partial_sums) +
-                         static_cast<int64_t>(giver) * (kTileRows * kMaxCutColumns / 4) + threadIdx.x;
+                         static_cast<int64_t>(giver) * (kPartialFloats / 4) + threadIdx.x;
 #pragma unroll
     for (int j = 0; j < kBlocks; j++) {
         const float4 sums = __ldcg(from + j * kMultiplyThreads);
@@ -304,11 +312,11 @@ struct MultiplierPosition {
 
 // Barriers of what a k block used: its weight stage and, if it was the last in it, its token slot.
 struct Leaving {
-    uint32_t weights_free;
-    uint32_t tokens_free;  // 0: not the last
+    uint32_t weights_free;  // 0: has left
+    uint32_t tokens_free;   // 0: not the last
 
     __device__ __forceinline__ void leave() const {
-        if (threadIdx.x % 32 == 0) {
+        if (threadIdx.x % 32 == 0 && weights_free != 0) {
             ptx::mbarrier_arrive(weights_free);
             if (tokens_free != 0) {
                 ptx::mbarrier_arrive(tokens_free);
@@ -317,7 +325,15 @@ struct Leaving {
     }
 };
 
-// Waits for a k block's tiles and starts its products.
+template <class Shape>
+__device__ __forceinline__ bool tiles_are_ready(const Rings<Shape>& rings,
+                                                const MultiplierPosition<Shape>& at) {
+    return ptx::mbarrier_test(barrier_at(rings.weights_ready, at.weights.index), at.weights.parity) &&
+           (at.in_slot != 0 ||
+            ptx::mbarrier_test(barrier_at(rings.tokens_ready, at.tokens.index), at.tokens.parity));
+}
+
+// Starts the products of a k block, waiting for its tiles.
 template <int kColumns, class Shape>
 __device__ __forceinline__ Leaving multiply_k_block(float (&acc)[kColumns / 8][4],
                                                     const Rings<Shape>& rings,
@@ -362,10 +378,8 @@ __device__ __forceinline__ void multiply_piece(const Rings<Shape>& rings,
             acc[j][i] = 0.0f;
         }
     }
-    if constexpr (kColumns <= kMaxCutColumns) {
-        if (piece.takes_over) {
-            take_over(acc, me);
-        }
+    if (piece.takes_over) {
+        take_over(acc, me);
     }
     pin(acc);
 
@@ -373,6 +387,12 @@ __device__ __forceinline__ void multiply_piece(const Rings<Shape>& rings,
     Leaving leaving = multiply_k_block<kColumns>(acc, rings, at, piece.k_begin + 1 == piece.k_end);
 #pragma unroll 1
     for (int k = piece.k_begin + 1; k < piece.k_end; k++) {
+        if (!tiles_are_ready(rings, at)) {
+            // why: the ring must not miss this stage while it is starving
+            ptx::wgmma_wait<0>();
+            leaving.leave();
+            leaving.weights_free = 0;
+        }
         const Leaving next = multiply_k_block<kColumns>(acc, rings, at, k + 1 == piece.k_end);
         ptx::wgmma_wait<1>();
         leaving.leave();
@@ -382,11 +402,9 @@ __device__ __forceinline__ void multiply_piece(const Rings<Shape>& rings,
     pin(acc);
     leaving.leave();
 
-    if constexpr (kColumns <= kMaxCutColumns) {
-        if (piece.hands_over) {
-            hand_over(me, acc);
-            return;
-        }
+    if (piece.hands_over) {
+        hand_over(me, acc);
+        return;
     }
     epilogue.template store<kColumns>(g, piece.work, acc);
 }
@@ -408,10 +426,11 @@ __device__ __forceinline__ void multiply(const WgmmaShared<Shape>& shared, const
             case 8: multiply_piece<8>(rings, at, g, me, piece, epilogue); break;
             case 16: multiply_piece<16>(rings, at, g, me, piece, epilogue); break;
             case 32: multiply_piece<32>(rings, at, g, me, piece, epilogue); break;
+            case 48: multiply_piece<48>(rings, at, g, me, piece, epilogue); break;
+            case 64: multiply_piece<64>(rings, at, g, me, piece, epilogue); break;
             default:
-                if constexpr (Shape::kMaxColumns > 32) {
+                if constexpr (Shape::kMaxColumns > 64) {
                     switch (columns) {
-                        case 64: multiply_piece<64>(rings, at, g, me, piece, epilogue); break;
                         case 96: multiply_piece<96>(rings, at, g, me, piece, epilogue); break;
                         case 128: multiply_piece<128>(rings, at, g, me, piece, epilogue); break;
                         case 144: multiply_piece<144>(rings, at, g, me, piece, epilogue); break;

@@ -35,8 +35,8 @@ constexpr int kTileCols = 64;
 constexpr int kTileBytes = kTileRows * kTileCols * 2;
 constexpr int kMaxTopK = 32;
 constexpr int kMaxRanks = 64;
-constexpr int kMaxShares = 256;      // CTAs that may hand a tile's partial sums to the next
-constexpr int kMaxCutColumns = 64;   // tokens of such a tile
+constexpr int kMaxShares = 320;      // CTAs that may hand a tile's partial sums to the next
+constexpr int kPartialFloats = 128 * 256;  // of such a tile
 
 enum DType : int32_t { kF32 = 0, kF16 = 1, kBF16 = 2 };
 enum RoutingInput : int32_t { kTopK = 0, kLogits = 1, kHidden = 2 };
@@ -119,7 +119,7 @@ struct LocalRank {
     const float* bias_gate_up;        // packed order or null
     const float* bias_down;           // or null
 
-    float* partial_sums;          // [kMaxShares][128 * kMaxCutColumns], wgmma kernels
+    float* partial_sums;          // [kMaxShares][kPartialFloats], wgmma kernels; null: tiles stay whole
     uint32_t* partial_ready;      // [kMaxShares] always zero between kernels
 };
 

@@ -63,6 +63,23 @@ __device__ __forceinline__ void wgmma_k16(float (&d)[4][4], uint64_t a, uint64_t
         : "l"(a), "l"(b));
 }
 
+__device__ __forceinline__ void wgmma_k16(float (&d)[6][4], uint64_t a, uint64_t b) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, "
+        "%8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23"
+        "}, %24, %25, add, 1, 1, 0, 0;\n}\n"
+        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]),
+          "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
+          "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
+          "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
+          "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),
+          "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3])
+        : "l"(a), "l"(b));
+}
+
 __device__ __forceinline__ void wgmma_k16(float (&d)[8][4], uint64_t a, uint64_t b) {
     asm volatile(
         "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"

@@ -3,9 +3,10 @@
 // once). All CTAs compute the same cuts from the counts on the device. A cut may lie inside an item:
 // its first k blocks are then the giver's first piece, the rest is the taker's last, which goes on
 // from the giver's partial sums. So nobody waits, and each output stays one chain over ascending k.
-// An item is cut at most once.
+// An item is cut at most once. Where every CTA has many items, they are dealt out in turn instead: then
+// the CTAs work on few experts at a time, whose tokens and weights stay in the L2 cache.
 #pragma once
-#include "../layout/step_params.cuh"
+#include "../layout/weight_tiles.cuh"
 #include "masked.cuh"
 
 namespace moe::scheduler {
@@ -50,7 +51,9 @@ class Shares {
     struct Shared {
         int32_t group_cost[kGroups];
         int32_t group_items[kGroups];
+        int32_t group_largest[kGroups];  // cost of one item
         Cut cuts[2];
+        int32_t step;  // from one whole item to the next
         const int32_t* counts;
         int32_t experts;
         int32_t row_tiles;
@@ -74,9 +77,11 @@ class Shares {
                 const int items = blocks.count * row_tiles;
                 const int cost = __reduce_add_sync(0xffffffffu, items * item_cost(blocks));
                 const int all_items = __reduce_add_sync(0xffffffffu, items);
+                const int largest = __reduce_max_sync(0xffffffffu, items > 0 ? item_cost(blocks) : 0);
                 if (threadIdx.x % 32 == 0) {
                     shared.group_cost[expert / 32] = cost;
                     shared.group_items[expert / 32] = all_items;
+                    shared.group_largest[expert / 32] = largest;
                 }
             }
         }
@@ -103,7 +108,7 @@ class Shares {
         if (stage_ == 1) {
             if (find_next()) {
                 piece = {work_at(expert_, item_), 0, shared_.k_blocks, false, false, false};
-                item_++;
+                item_ += shared_.step;
                 return true;
             }
             stage_ = 2;
@@ -116,12 +121,14 @@ class Shares {
     }
 
    private:
-    // Time of a k block of an item, in steps of 16 clocks: its products, or its share of the memory
-    // or cache bandwidth.
+    // Time of a k block of an item, in steps of 16 clocks: its products, its bytes from the L2 cache
+    // or, if weights are used once, from memory, of which a CTA may have more than its part.
     __device__ static int item_cost(TokenBlocks blocks) {
-        const int products = 4 * Shape::columns_for(blocks.rows) + 64;
-        const int bytes = blocks.count <= 1 ? 512 : 320;
-        return max(products, bytes) / 16;
+        const int columns = Shape::columns_for(blocks.rows);
+        const int products = Shape::kProductClocks * columns + 64;
+        const int bytes = (kTileBytes + columns * kRowBytes) / Shape::kCacheBytesPerClock;
+        const int memory = blocks.count <= 1 ? Shape::kMemoryClocks : 0;
+        return max(max(products, bytes), memory) / 16;
     }
 
     __device__ static int inclusive_scan(int value) {
@@ -141,10 +148,23 @@ class Shares {
         const int group_scan = inclusive_scan(group_cost);
         const int total = __shfl_sync(0xffffffffu, group_scan, 31);
         const int all_items = __reduce_add_sync(0xffffffffu, shared.group_items[lane]);
-        // Whole items where they fill the last round, or nearly
+        const int largest = __reduce_max_sync(0xffffffffu, shared.group_largest[lane]);
         const int grid = gridDim.x;
+        const int64_t round = static_cast<int64_t>(largest) * grid;
+        if (total >= kRoundsToDeal * round && total > 0) {
+            if (lane == 0) {
+                shared.cuts[which] = {which == 0 ? 0 : shared.experts, which == 0 ? static_cast<int>(blockIdx.x) : 0, 0};
+                shared.step = grid;
+            }
+            return;
+        }
+        if (lane == 0) {
+            shared.step = 1;
+        }
+        // Whole items where they fill the last round, or nearly
         const int rounds = (all_items + grid - 1) / grid;
-        may_cut = may_cut && 10 * rounds * grid > 11 * all_items;
+        const bool fill = total == largest * all_items && 10 * rounds * grid <= 11 * all_items;
+        may_cut = may_cut && !fill;
 
         const int share = blockIdx.x + which;
         const int each = total / grid;
@@ -176,7 +196,7 @@ class Shares {
         cut.item = (place - (end - all)) / cost;
         const int within = place - (end - all) - cut.item * cost;
         cut.k = (2 * within * k_blocks + cost) / (2 * cost);
-        if (!may_cut || Shape::columns_for(blocks.rows) > kMaxCutColumns) {
+        if (!may_cut) {
             cut.k = 2 * within >= cost ? k_blocks : 0;
         }
         if (cut.k > 0 && cut.k < k_blocks && share > 0 && place_before > place - within) {
@@ -203,7 +223,7 @@ class Shares {
                 return true;
             }
             expert_++;
-            item_ = 0;
+            item_ = shared_.step == 1 ? 0 : item_ - blocks.count * shared_.row_tiles;
         }
         return false;
     }
@@ -220,6 +240,7 @@ class Shares {
     }
 
     static constexpr int kMinCut = 2;
+    static constexpr int kRoundsToDeal = 8;
 
     const Shared& shared_;
     int stage_ = 0;   // of next(): the head, whole items, the tail
