@@ -276,6 +276,7 @@ __device__ __forceinline__ void hand_over(const LocalRank& me, const float (&acc
 template <int kBlocks>
 __device__ __forceinline__ void take_over(float (&acc)[kBlocks][4], const LocalRank& me) {
     const int giver = static_cast<int>(blockIdx.x) - 1;
+    ptx::wait_for_previous_grid();  // why: until it is complete the flag may be one of its own
     while (ptx::load_acquire_gpu(me.partial_ready + giver) == 0) {
     }
     const float4* from = reinterpret_cast<const float4*>(me.partial_sums) +
