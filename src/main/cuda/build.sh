@@ -16,7 +16,7 @@ log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 
 check() {  # target, log of ptxas -v
-    awk -f "$source/check_ptxas.awk" "$source/kernels.def" "$2" ||
+    awk -v target="$1" -f "$source/check_ptxas.awk" "$source/kernels.def" "$2" ||
         { echo "kernels: $1 failed the check above" >&2; exit 1; }
 }
 

@@ -1,6 +1,8 @@
-# Reads `ptxas -v`; fails if a kernel of kernels.def (first file) is missing, spills or has a stack.
+# Reads `ptxas -v` for -v target=...; fails if a kernel of kernels.def (first file) is missing, spills,
+# has a stack, or has its wgmmas serialised.
 # why: a stack may force a resize at launch, which waits for a kernel that spins for its peer.
-FNR == NR { if ($0 !~ /^#/ && NF > 0) wanted[$1] = 1; next }
+FNR == NR { if ($0 !~ /^#/ && NF > 0 && ($7 == "all" || $7 == target)) wanted[$1] = 1; next }
+/C7515/ { print; bad = 1 }
 /Function properties for/ { name = $NF }
 /bytes stack frame/ {
     seen[name] = 1
