@@ -5,11 +5,12 @@ KERNEL_SOURCES := $(shell find src/main/cuda -type f)
 
 .PHONY: kernels step-test
 
-kernels: $(KERNEL_DIR)/.built ## compile the CUDA kernels (needs nvcc; without it says so)
+kernels: target/kernels.built ## compile the CUDA kernels (needs nvcc; without it says so)
 
-$(KERNEL_DIR)/.built: $(KERNEL_SOURCES)
+# The stamp depends on a manifest, so that an nvcc installed later is noticed.
+target/kernels.built: $(KERNEL_SOURCES)
 	@sh src/main/cuda/build.sh $(KERNEL_DIR) $(NVCC)
-	@mkdir -p $(KERNEL_DIR) && touch $@
+	@test ! -f $(KERNEL_DIR)/manifest.json || touch $@
 
 # The whole step without a JVM, for the GPU machine and compute-sanitizer.
 step-test: target/step_main

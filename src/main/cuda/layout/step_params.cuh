@@ -106,7 +106,8 @@ struct LocalRank {
     __nv_bfloat16* shared_out;    // [M][Hp] or null
 
     uint64_t* epoch;              // [1] device; route increments it
-    uint32_t* arrivals;           // [8] counters of finished CTAs, always zero between kernels
+    uint32_t* arrivals;           // [8] counters of finished CTAs, always zero between kernels;
+                                  // [7]: 1 once the error record is claimed (comm/signal.cuh)
     uint64_t* totals;             // [4] device totals behind SoftCounters, same order
     ErrorRecord* error;           // pinned
     SoftCounters* counters;       // pinned
