@@ -61,7 +61,7 @@ class ExamplesTest {
                         source.indexOf("// readme: begin\n") + "// readme: begin\n".length(),
                         source.indexOf("    // readme: end"));
         String shown = firstJavaBlock(Files.readString(Path.of("README.md")));
-        assertThat(shown.strip()).isEqualTo(region.stripIndent().strip());
+        assertThat(shown.strip()).isEqualTo(region.stripTrailing().stripIndent().strip());
     }
 
     private static String firstJavaBlock(String markdown) {
