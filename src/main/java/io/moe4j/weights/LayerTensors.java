@@ -90,9 +90,9 @@ final class LayerTensors {
             if (!used.contains(name)) {
                 throw new CheckpointException(
                         folder.tensor(block + name).label()
-                                + " has no place in a "
+                                + " has no place in a layer of family "
                                 + family
-                                + " layer with "
+                                + " with "
                                 + shape
                                 + ": weights and config.json do not belong together, or the model"
                                 + " needs something this version does not know");

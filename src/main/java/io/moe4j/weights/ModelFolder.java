@@ -5,6 +5,7 @@ import com.fasterxml.jackson.core.JsonToken;
 import java.io.IOException;
 import java.io.InputStream;
 import java.nio.file.Files;
+import java.nio.file.InvalidPathException;
 import java.nio.file.LinkOption;
 import java.nio.file.Path;
 import java.util.ArrayList;
@@ -251,12 +252,21 @@ final class ModelFolder implements AutoCloseable {
                         && !name.equals("..")
                         && name.length() <= 255
                         && name.chars().noneMatch(c -> c < ' ' || "/\\:".indexOf(c) >= 0);
-        if (!plain) {
+        if (!plain || !isExpressible(name)) {
             throw new CheckpointException(
                     folder.resolve(INDEX)
                             + ": the shard name "
                             + CheckpointException.quote(name)
                             + " is not a plain file name: shards lie beside the index");
+        }
+    }
+
+    /** Whether the platform's file names can hold these characters. */
+    private boolean isExpressible(String name) {
+        try {
+            return real.resolve(name).getFileName() != null;
+        } catch (InvalidPathException e) {
+            return false;
         }
     }
 

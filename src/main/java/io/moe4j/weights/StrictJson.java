@@ -82,14 +82,13 @@ final class StrictJson {
     }
 
     private static JsonFactoryBuilder bounded(int depth) {
-        return (JsonFactoryBuilder)
-                new JsonFactoryBuilder()
-                        .streamReadConstraints(
-                                StreamReadConstraints.builder()
-                                        .maxNestingDepth(depth)
-                                        .maxNameLength(LONGEST_NAME)
-                                        .maxStringLength(LONGEST_STRING)
-                                        .maxNumberLength(LONGEST_NUMBER)
-                                        .build());
+        return new JsonFactoryBuilder()
+                .streamReadConstraints(
+                        StreamReadConstraints.builder()
+                                .maxNestingDepth(depth)
+                                .maxNameLength(LONGEST_NAME)
+                                .maxStringLength(LONGEST_STRING)
+                                .maxNumberLength(LONGEST_NUMBER)
+                                .build());
     }
 }

@@ -12,8 +12,10 @@ import io.moe4j.model.WeightMatrix;
 import io.moe4j.weights.TinyCheckpoints.Options;
 import io.moe4j.weights.TinyCheckpoints.Weights;
 import java.io.IOException;
+import java.io.UncheckedIOException;
 import java.nio.file.Files;
 import java.nio.file.Path;
+import java.util.List;
 import java.util.function.Consumer;
 import java.util.stream.Stream;
 import org.junit.jupiter.api.Test;
@@ -280,11 +282,11 @@ class CheckpointFamiliesTest {
         Path folder = dir.resolve(family);
         TinyCheckpoints.write(folder, family, options, SEED);
         ObjectNode config = TinyCheckpoints.config(family, options);
-        config.remove(java.util.List.of(removed));
+        config.remove(List.of(removed));
         try {
             Files.writeString(folder.resolve("config.json"), config.toString());
         } catch (IOException e) {
-            throw new java.io.UncheckedIOException(e);
+            throw new UncheckedIOException(e);
         }
         try (Checkpoint checkpoint = Checkpoint.open(folder)) {
             assertThat(checkpoint.layer(0).rule()).isEqualTo(expected);
@@ -297,7 +299,7 @@ class CheckpointFamiliesTest {
         try {
             Files.writeString(dir.resolve("config.json"), config.toString());
         } catch (IOException e) {
-            throw new java.io.UncheckedIOException(e);
+            throw new UncheckedIOException(e);
         }
     }
 

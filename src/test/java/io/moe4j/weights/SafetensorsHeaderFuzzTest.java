@@ -4,6 +4,7 @@ import static org.assertj.core.api.Assertions.assertThat;
 
 import java.nio.ByteBuffer;
 import java.nio.charset.StandardCharsets;
+import java.util.Arrays;
 import java.util.SplittableRandom;
 import org.junit.jupiter.api.Test;
 
@@ -102,8 +103,7 @@ class SafetensorsHeaderFuzzTest {
                         default -> {
                             int from = random.nextInt(bytes.length);
                             int to = Math.min(bytes.length, from + random.nextInt(40));
-                            yield splice(
-                                    bytes, at, 0, java.util.Arrays.copyOfRange(bytes, from, to));
+                            yield splice(bytes, at, 0, Arrays.copyOfRange(bytes, from, to));
                         }
                     };
             if (bytes.length == 0) {

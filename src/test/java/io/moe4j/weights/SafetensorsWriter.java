@@ -7,10 +7,12 @@ import java.io.OutputStream;
 import java.io.UncheckedIOException;
 import java.nio.ByteBuffer;
 import java.nio.ByteOrder;
+import java.nio.charset.StandardCharsets;
 import java.nio.file.Files;
 import java.nio.file.Path;
 import java.util.Collection;
 import java.util.LinkedHashMap;
+import java.util.List;
 import java.util.Map;
 
 /** Writes small safetensors files for tests. Collects tensors in memory; one thread. */
@@ -66,11 +68,11 @@ public final class SafetensorsWriter {
 
     /** A file with any header text and zeros as data, for hostile input. */
     public static byte[] raw(String header, int dataBytes) {
-        return file(header, dataBytes, java.util.List.of());
+        return file(header, dataBytes, List.of());
     }
 
     private static byte[] file(String header, int dataBytes, Collection<byte[]> data) {
-        byte[] json = header.getBytes(java.nio.charset.StandardCharsets.UTF_8);
+        byte[] json = header.getBytes(StandardCharsets.UTF_8);
         ByteBuffer file =
                 ByteBuffer.allocate(8 + json.length + dataBytes).order(ByteOrder.LITTLE_ENDIAN);
         file.putLong(json.length).put(json);
