@@ -37,6 +37,9 @@ public interface MoeLayer extends AutoCloseable {
     /** As {@link #prepare()}, reporting each expert as its weights are packed. */
     void prepare(ProgressListener progress);
 
+    /** Hands out this layer's handles to users that keep several steps in flight. */
+    HandlePool handles();
+
     /** As {@link #bind(List, int)} with handle 0. */
     default BoundStep bind(List<StepTensors> ranks) {
         return bind(ranks, 0);

@@ -3,6 +3,7 @@ package io.moe4j.cpu;
 import io.moe4j.BackendMemory;
 import io.moe4j.BoundStep;
 import io.moe4j.GraphPart;
+import io.moe4j.HandlePool;
 import io.moe4j.MemoryPlan;
 import io.moe4j.MoeConfig;
 import io.moe4j.MoeGraph;
@@ -32,6 +33,7 @@ final class CpuLayer implements MoeLayer {
     private final AtomicLong droppedIds = new AtomicLong();
     private final AtomicLong duplicateIds = new AtomicLong();
     private final AtomicLong overCapacityTokens = new AtomicLong();
+    private final HandlePool pool;
     private volatile long stepsDone;
     private volatile boolean closed;
     private volatile State state;
@@ -39,6 +41,7 @@ final class CpuLayer implements MoeLayer {
     CpuLayer(MoeConfig config, String reason) {
         this.config = config;
         this.reason = reason;
+        this.pool = new HandlePool(config.handles());
         CpuMemoryPlan.maxPackedRows(config); // why: refuse sizes we cannot index before any work
     }
 
@@ -179,6 +182,11 @@ final class CpuLayer implements MoeLayer {
                                             shared.gate().rows(), shared.gate().cols())]);
             s.sharedGate = weights.sharedExpertGate();
         }
+    }
+
+    @Override
+    public HandlePool handles() {
+        return pool;
     }
 
     @Override

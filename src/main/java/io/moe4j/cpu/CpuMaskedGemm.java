@@ -176,7 +176,7 @@ final class CpuMaskedGemm {
             int to = Math.min(inputs, from + PackedMatrix.BLOCK);
             for (int row = 0; row < rows; row++) {
                 matrix.addBlock(
-                        sums[row], 0, s.partial, s.sources[row], s.sourceAt[row], tile, from, to);
+                        sums[row], s.partial, s.sources[row], s.sourceAt[row], tile, from, to);
             }
         }
     }

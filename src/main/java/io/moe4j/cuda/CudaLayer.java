@@ -3,6 +3,7 @@ package io.moe4j.cuda;
 import io.moe4j.BackendMemory;
 import io.moe4j.BoundStep;
 import io.moe4j.GraphPart;
+import io.moe4j.HandlePool;
 import io.moe4j.MemoryPlan;
 import io.moe4j.MoeConfig;
 import io.moe4j.MoeFaultException;
@@ -55,6 +56,7 @@ final class CudaLayer implements MoeLayer {
     private final Context context;
     private final KernelCatalog catalog;
     private final DeviceLayout layout;
+    private final HandlePool pool;
     private final CudaMemory memory;
     private final ReentrantLock lock = new ReentrantLock();
     private final Deque<AutoCloseable> owned = new ArrayDeque<>();
@@ -73,6 +75,7 @@ final class CudaLayer implements MoeLayer {
     CudaLayer(MoeConfig config, String reason, Context context, KernelCatalog catalog) {
         this.config = config;
         this.reason = reason;
+        this.pool = new HandlePool(config.handles());
         this.context = context;
         this.catalog = catalog;
         this.layout = new DeviceLayout(config);
@@ -141,6 +144,11 @@ final class CudaLayer implements MoeLayer {
     private <T extends AutoCloseable> T own(T resource) {
         owned.push(resource);
         return resource;
+    }
+
+    @Override
+    public HandlePool handles() {
+        return pool;
     }
 
     @Override
@@ -627,6 +635,12 @@ final class CudaLayer implements MoeLayer {
             }
             context.driver().contextSynchronize();
         }
+    }
+
+    /** For tests: the buffers of a handle. */
+    CudaHandle handle(int handle) {
+        requirePrepared();
+        return handles[handle];
     }
 
     @Override
