@@ -74,7 +74,7 @@ final class CheckpointDemo {
     /** The recorded case with the most tokens (or T tokens); computed if nothing is recorded. */
     private ReferenceCase reference(Checkpoint checkpoint) {
         Path beside = folder.resolve("golden.safetensors");
-        int layer = LayerSource.firstMoeLayer(checkpoint);
+        int layer = LayerSource.firstMoeLayer(checkpoint, folder);
         MoeConfig config = checkpoint.layer(layer).config().build();
         if (Files.exists(beside)) {
             try (GoldenFile golden = GoldenFile.open(beside)) {
