@@ -97,7 +97,8 @@ public interface MoeLayer extends AutoCloseable {
 
     /**
      * Debug: copies the routing the last step of handle 0 used, after sanitising, in the order the
-     * layer sums it. Waits for the device; not for use in a step. {@link #inspect} reads any handle.
+     * layer sums it. Waits for the device; not for use in a step. {@link #inspect} reads any
+     * handle.
      *
      * @param rank local rank
      * @param ids destination, [M, K]; −1 for an id that was dropped; rows from T on stay untouched

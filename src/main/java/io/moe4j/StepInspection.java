@@ -28,7 +28,9 @@ public interface StepInspection {
     /** After DISPATCH_SEND: weights of a source's tokens, [count, K]. */
     float[] receivedWeights(int source, int firstToken, int count);
 
-    /** After DISPATCH_SEND: rows of a source's tokens, [count, H]; only those with an expert here. */
+    /**
+     * After DISPATCH_SEND: rows of a source's tokens, [count, H]; only those with an expert here.
+     */
     float[] receivedRows(int source, int firstToken, int count);
 
     /** After DISPATCH_RECV: rows of each local expert. */

@@ -170,8 +170,7 @@ public final class StageChecker implements AutoCloseable {
             case RECEIVED_IDS -> headers(stage, rank, StepInspection::receivedIds);
             case RECEIVED_WEIGHTS -> receivedWeights(rank, want);
             case RECEIVED_ROWS -> receivedRows(rank, want);
-            case EXPERT_COUNTS ->
-                    perExpert(stage, rank, got.expertCounts(), want.expertCounts());
+            case EXPERT_COUNTS -> perExpert(stage, rank, got.expertCounts(), want.expertCounts());
             case EXPERT_OFFSETS ->
                     perExpert(stage, rank, got.expertOffsets(), want.expertOffsets());
             case ROW_LISTS -> rowLists(rank, got, want);
@@ -183,8 +182,7 @@ public final class StageChecker implements AutoCloseable {
                             config.shape().intermediate(),
                             StepInspection::activatedRows);
             case EXPERT_OUTPUTS ->
-                    packedRows(
-                            stage, rank, config.shape().hidden(), StepInspection::expertOutputs);
+                    packedRows(stage, rank, config.shape().hidden(), StepInspection::expertOutputs);
             case COMBINED_ROWS -> combinedRows(rank, want);
             case SHARED_OUTPUT ->
                     tokenRows(
@@ -304,8 +302,7 @@ public final class StageChecker implements AutoCloseable {
         int i = Arrays.mismatch(seen, expected);
         return i < 0
                 ? null
-                : StageDifference.of(stage, rank, seen[i], expected[i])
-                        .choice(-1, global(rank, i));
+                : StageDifference.of(stage, rank, seen[i], expected[i]).choice(-1, global(rank, i));
     }
 
     private StageDifference rowLists(int rank, StepInspection got, StepInspection want) {
@@ -360,10 +357,8 @@ public final class StageChecker implements AutoCloseable {
                             want.tokens(),
                             config.shape().hidden(),
                             tolerance,
-                            (first, count) ->
-                                    onRank(from, want.routedIds(first, count)),
-                            (ignored, first, count) ->
-                                    ignored.combinedRows(from, first, count),
+                            (first, count) -> onRank(from, want.routedIds(first, count)),
+                            (inspected, first, count) -> inspected.combinedRows(from, first, count),
                             rank);
             if (difference != null) {
                 return difference;

@@ -7,7 +7,7 @@ import java.util.Locale;
  * is −1 (or NaN for the errors).
  *
  * @param stage the stage
- * @param rank the rank whose buffer differs
+ * @param rank the rank that holds the experts concerned; for routing and output the token's own
  * @param sourceRank the rank the token belongs to
  * @param token the token, counted within its rank
  * @param k which of the token's K choices
@@ -46,20 +46,50 @@ public record StageDifference(
 
     StageDifference choice(int index, int globalExpert) {
         return new StageDifference(
-                stage, rank, sourceRank, token, index, globalExpert, packedRow, element, seen,
-                expected, error, tolerance);
+                stage,
+                rank,
+                sourceRank,
+                token,
+                index,
+                globalExpert,
+                packedRow,
+                element,
+                seen,
+                expected,
+                error,
+                tolerance);
     }
 
     StageDifference row(int row, int globalExpert) {
         return new StageDifference(
-                stage, rank, sourceRank, token, k, globalExpert, row, element, seen, expected,
-                error, tolerance);
+                stage,
+                rank,
+                sourceRank,
+                token,
+                k,
+                globalExpert,
+                row,
+                element,
+                seen,
+                expected,
+                error,
+                tolerance);
     }
 
     StageDifference column(int column, double rowError, double allowed) {
         return new StageDifference(
-                stage, rank, sourceRank, token, k, expert, packedRow, column, seen, expected,
-                rowError, allowed);
+                stage,
+                rank,
+                sourceRank,
+                token,
+                k,
+                expert,
+                packedRow,
+                column,
+                seen,
+                expected,
+                rowError,
+                allowed);
     }
 
     /** One line: stage, place, value seen and value expected. */
@@ -83,11 +113,7 @@ public record StageDifference(
         text.append(": seen ").append(value(seen)).append(", expected ").append(value(expected));
         if (!Double.isNaN(error)) {
             text.append(
-                    String.format(
-                            Locale.ROOT,
-                            "; error of the row %.3g > %.3g",
-                            error,
-                            tolerance));
+                    String.format(Locale.ROOT, "; error of the row %.3g > %.3g", error, tolerance));
         }
         return text.toString();
     }

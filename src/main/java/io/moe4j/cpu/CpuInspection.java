@@ -51,8 +51,7 @@ final class CpuInspection implements StepInspection {
 
     @Override
     public float[] receivedWeights(int source, int firstToken, int count) {
-        return floats(
-                buffers.get().recvWeights[source], firstToken, count, config.shape().topK());
+        return floats(buffers.get().recvWeights[source], firstToken, count, config.shape().topK());
     }
 
     @Override
@@ -78,9 +77,7 @@ final class CpuInspection implements StepInspection {
     @Override
     public int[] packedRows(int source, int firstToken, int count) {
         return ints(
-                buffers.get().packedRowOf,
-                source * config.maxTokensPerRank() + firstToken,
-                count);
+                buffers.get().packedRowOf, source * config.maxTokensPerRank() + firstToken, count);
     }
 
     @Override
@@ -105,10 +102,7 @@ final class CpuInspection implements StepInspection {
     @Override
     public float[] combinedRows(int expertRank, int firstToken, int count) {
         return floats(
-                buffers.get().combineRows[expertRank],
-                firstToken,
-                count,
-                config.shape().hidden());
+                buffers.get().combineRows[expertRank], firstToken, count, config.shape().hidden());
     }
 
     @Override

@@ -60,6 +60,7 @@ final class CudaLayer implements MoeLayer {
     private final DeviceLayout layout;
     private final CudaMemory memory;
     private final ReentrantLock lock = new ReentrantLock();
+
     /** Read: the layer's memory is looked at outside of a step. Write: it is being freed. */
     private final ReentrantReadWriteLock freeing = new ReentrantReadWriteLock();
 

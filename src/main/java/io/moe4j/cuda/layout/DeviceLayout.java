@@ -94,7 +94,10 @@ public final class DeviceLayout {
 
     private void requireWithinLimits() {
         requireAtMost(
-                "experts per rank", config.expertsPerRank(), MAX_EXPERTS_PER_RANK, "use more ranks");
+                "experts per rank",
+                config.expertsPerRank(),
+                MAX_EXPERTS_PER_RANK,
+                "use more ranks");
         requireAtMost("topK", config.shape().topK(), MoeShape.MAX_TOP_K, "choose fewer experts");
         if (config.routingInput() != RoutingInput.TOPK) {
             requireAtMost(
@@ -110,7 +113,13 @@ public final class DeviceLayout {
     private static void requireAtMost(String what, long value, long limit, String cure) {
         if (value > limit) {
             throw new IllegalArgumentException(
-                    what + "=" + value + " exceeds the CUDA backend's limit " + limit + ": " + cure);
+                    what
+                            + "="
+                            + value
+                            + " exceeds the CUDA backend's limit "
+                            + limit
+                            + ": "
+                            + cure);
         }
     }
 
