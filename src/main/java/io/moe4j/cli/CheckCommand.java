@@ -139,6 +139,7 @@ final class CheckCommand extends BaseCommand {
                 out().print(report.table());
                 DebugRun.print(out(), debugged);
                 out().printf("%n%s%n", report.verdict());
+                DebugRun.printVerdict(out(), debugged);
             }
             out().flush();
             boolean pass = report.pass() && debugged.stream().allMatch(DebugRun.Case::pass);

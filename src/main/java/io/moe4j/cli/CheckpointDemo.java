@@ -211,6 +211,7 @@ final class CheckpointDemo {
                         : List.of();
         DebugRun.print(out, debugged);
         out.printf("%n%s%n", report.verdict());
+        DebugRun.printVerdict(out, debugged);
         out.flush();
         return report.pass() && debugged.stream().allMatch(DebugRun.Case::pass)
                 ? ExitCodes.OK

@@ -170,6 +170,14 @@ final class DebugRun {
         }
     }
 
+    /** One line if a case failed: the report's own verdict knows nothing of these. */
+    static void printVerdict(PrintWriter out, List<Case> cases) {
+        long failed = cases.stream().filter(result -> !result.pass()).count();
+        if (failed > 0) {
+            out.printf("MISMATCH: %d of %d debugging runs failed%n", failed, cases.size());
+        }
+    }
+
     /** The report with the cases as {@code debug}; unchanged if there are none. */
     static String addTo(String reportJson, List<Case> cases) {
         if (cases.isEmpty()) {
