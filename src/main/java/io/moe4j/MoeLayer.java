@@ -124,7 +124,8 @@ public interface MoeLayer extends AutoCloseable {
     SoftCounters counters();
 
     /**
-     * Throws if a step failed since the last call. Reads host memory only; it is not a sync.
+     * Throws if a step failed. A fault stays: every later call throws too, until the layer is
+     * closed and opened again. Reads host memory only; it is not a sync.
      *
      * @throws MoeFaultException naming the operation, the rank and the epoch
      */

@@ -101,4 +101,17 @@ class ArchitectureTest {
                     .dependOnClassesThat()
                     .resideInAnyPackage(
                             "com.fasterxml..", "picocli..", "me.tongfei..", "jcuda..", "com.sun..");
+
+    @ArchTest
+    static final ArchRule aLayerCarriesNoTraceOfDebugging =
+            noClasses()
+                    .that()
+                    .haveNameMatching(
+                            "io\\.moe4j\\.(cuda\\.Cuda(Layer|Step|Graph|Handle)"
+                                    + "|cuda\\.kernel\\..*|cpu\\.Cpu(?!Inspection).*)(\\$.*)?")
+                    .should()
+                    .dependOnClassesThat()
+                    .haveNameMatching(
+                            ".*\\.(CheckedDriver|CheckedCudaLayer|HostSyncCheckedLayer"
+                                    + "|StageChecker)(\\$.*)?");
 }

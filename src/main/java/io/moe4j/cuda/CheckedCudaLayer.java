@@ -3,6 +3,7 @@ package io.moe4j.cuda;
 import io.moe4j.BackendMemory;
 import io.moe4j.BoundStep;
 import io.moe4j.GraphPart;
+import io.moe4j.HandlePool;
 import io.moe4j.HostSyncCheckedLayer;
 import io.moe4j.MemoryPlan;
 import io.moe4j.MoeConfig;
@@ -142,6 +143,11 @@ final class CheckedCudaLayer implements HostSyncCheckedLayer {
     @Override
     public void check() {
         layer.check();
+    }
+
+    @Override
+    public HandlePool handles() {
+        return layer.handles();
     }
 
     @Override

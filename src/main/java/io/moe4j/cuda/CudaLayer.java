@@ -54,6 +54,9 @@ final class CudaLayer implements MoeLayer {
     /** Bound of every device wait. Virtual ranks never wait: all sends precede all waits. */
     private static final long TIMEOUT_NS = 2_000_000_000L;
 
+    /** FaultCode kPeerAbort of step_params.cuh. */
+    private static final int PEER_ABORT = 3;
+
     private final MoeConfig config;
     private final String reason;
     private final Context context;
@@ -224,6 +227,7 @@ final class CudaLayer implements MoeLayer {
         DeviceBuffer buffer = new DeviceBuffer(context, locals.capacity());
         try (Scope scope = context.enter()) {
             context.driver().memcpyHtoD(buffer.address(), locals.rewind());
+            context.driver().streamSynchronize(0L); // why: the copy may still be under way
             KernelParams params = arena.params(DeviceStructs.STEP_PARAMS.size());
             packParams(DeviceStructs.STEP_PARAMS.writer(params.bytes(0)), buffer.address(), handle);
             return new CudaStep(this, handle, params, buffer);
@@ -594,11 +598,16 @@ final class CudaLayer implements MoeLayer {
     private String firstFault() {
         requireOpen();
         for (int handle = 0; prepared && handle < handles.length; handle++) {
+            int failed = -1;
             for (int rank = 0; rank < config.ranks(); rank++) {
                 int code = handles[handle].errorCode(rank);
-                if (code != 0) {
-                    return describe(handles[handle], rank, code);
+                // why: a rank that was aborted by its peer is not the cause
+                if (code != 0 && (failed < 0 || handles[handle].errorCode(failed) == PEER_ABORT)) {
+                    failed = rank;
                 }
+            }
+            if (failed >= 0) {
+                return describe(handles[handle], failed, handles[handle].errorCode(failed));
             }
         }
         return null;
@@ -615,7 +624,7 @@ final class CudaLayer implements MoeLayer {
                 switch (code) {
                     case 1 -> "timed out";
                     case 2 -> "saw an epoch that does not fit";
-                    case 3 -> "was aborted by its peer";
+                    case PEER_ABORT -> "was aborted by its peer";
                     default -> "failed with code " + code;
                 };
         return String.format(
@@ -684,12 +693,6 @@ final class CudaLayer implements MoeLayer {
             }
             context.driver().contextSynchronize();
         }
-    }
-
-    /** For tests: the buffers of a handle. */
-    CudaHandle handle(int handle) {
-        requirePrepared();
-        return handles[handle];
     }
 
     @Override

@@ -32,6 +32,7 @@ final class CudaMemory implements BackendMemory, AutoCloseable {
         buffers.add(buffer);
         try (Scope scope = context.enter()) {
             context.driver().memsetD8(buffer.address(), (byte) 0, buffer.size());
+            context.driver().streamSynchronize(0L); // why: a fill is asynchronous
         }
         return Tensor.device(buffer.address(), dtype, shape);
     }
@@ -42,6 +43,7 @@ final class CudaMemory implements BackendMemory, AutoCloseable {
         requireEqual(to, fromHost);
         try (Scope scope = context.enter()) {
             context.driver().memcpyHtoD(to.address(), bytes(fromHost));
+            context.driver().streamSynchronize(0L); // why: the copy may still be under way
         }
     }
 

@@ -140,6 +140,7 @@ final class CudaWeights implements AutoCloseable {
         bytes.asFloatBuffer().put(values);
         try (Scope scope = context.enter()) {
             context.driver().memcpyHtoD(base + layout.weights().offset(buffer), bytes);
+            context.driver().streamSynchronize(0L); // why: the copy may still be under way
         }
     }
 
