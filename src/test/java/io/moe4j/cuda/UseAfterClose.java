@@ -23,7 +23,7 @@ import org.assertj.core.api.ThrowableAssert.ThrowingCallable;
 /** What every method of a layer does after close; a new method has to be added here. */
 final class UseAfterClose {
     private static final Set<String> STILL_USABLE =
-            Set.of("config", "backend", "backendReason", "plan", "close");
+            Set.of("config", "backend", "backendReason", "plan", "handles", "close");
 
     private UseAfterClose() {}
 
