@@ -228,6 +228,9 @@ public final class CudaProbe implements AutoCloseable {
                 middle = random(4 * rows * intermediate, 2L * sets + 1);
                 activated = random(2 * rows * intermediate, 2L * sets + 2);
                 out = random(2 * rows * hidden, 2L * sets + 3);
+                enqueue(
+                        Part.CHAIN,
+                        0); // why: what cuBLAS sets up late must not fall into a capture
                 synchronize();
             } catch (RuntimeException | Error e) {
                 close();
@@ -247,15 +250,15 @@ public final class CudaProbe implements AutoCloseable {
             return buffer.address();
         }
 
-        /** A graph of {@code rounds} rounds; the caller closes it. */
-        public Replay capture(Part part, int rounds) {
+        /** A graph of {@code rounds} rounds over the first weight sets; the caller closes it. */
+        public Replay capture(Part part, int weightSets, int rounds) {
             return new Replay(
                     GraphExec.capture(
                             context,
                             stream(),
                             () -> {
                                 for (int round = 0; round < rounds; round++) {
-                                    for (int set = 0; set < gateUp.length; set++) {
+                                    for (int set = 0; set < weightSets; set++) {
                                         enqueue(part, set);
                                     }
                                 }
