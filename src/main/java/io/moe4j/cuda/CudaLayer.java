@@ -420,6 +420,26 @@ final class CudaLayer implements MoeLayer {
         }
     }
 
+    /** For benches: kernels of the experts phase; 2 if gate/up and down are one kernel each. */
+    int expertKernels() {
+        requirePrepared();
+        return kernels.of(Phase.EXPERTS).length;
+    }
+
+    /**
+     * For benches: launches the experts phase, or some of its kernels, on rows that an earlier step
+     * left in the buffers; as often as wanted and outside the order of phases.
+     */
+    void launchExperts(long stream, CudaStep step, int firstKernel, int lastKernel) {
+        requirePrepared();
+        Kernel[] flow = kernels.of(Phase.EXPERTS);
+        try (Scope scope = context.enter()) {
+            for (int kernel = firstKernel; kernel <= lastKernel; kernel++) {
+                flow[kernel].launch(context.driver(), config.ranks(), stream, step.params());
+            }
+        }
+    }
+
     private static Phase next(Phase phase) {
         Phase[] all = PHASES;
         return all[(phase.ordinal() + 1) % all.length];
@@ -473,7 +493,8 @@ final class CudaLayer implements MoeLayer {
         }
     }
 
-    private void pin() {
+    /** Keeps the memory while a graph uses it; {@link #unpin} undoes it. */
+    void pin() {
         lock.lock();
         try {
             requirePrepared();
