@@ -154,6 +154,18 @@ public record BenchReport(
         environment.forEach(
                 (key, value) ->
                         text.append("- ").append(key).append(": ").append(value).append('\n'));
+        rows.stream()
+                .filter(row -> row.error() != null)
+                .mapToDouble(BenchRow::error)
+                .max()
+                .ifPresent(
+                        error ->
+                                text.append(
+                                        String.format(
+                                                Locale.ROOT,
+                                                "- checked before timing: worst token off by %.1e"
+                                                        + " from float64%n",
+                                                error)));
         text.append("- seed: ")
                 .append(seed)
                 .append("\n- command: `")

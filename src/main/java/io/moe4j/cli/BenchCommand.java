@@ -19,19 +19,20 @@ import io.moe4j.model.MoeShape;
 import io.moe4j.model.RandomWeights;
 import io.moe4j.model.RoutingRule;
 import java.io.IOException;
+import java.io.PrintWriter;
 import java.nio.file.Files;
 import java.nio.file.Path;
 import java.util.ArrayList;
 import java.util.List;
 import java.util.Locale;
 import java.util.Map;
-import java.util.stream.Collectors;
 import picocli.CommandLine;
 import picocli.CommandLine.ArgGroup;
 import picocli.CommandLine.Command;
 import picocli.CommandLine.Mixin;
 import picocli.CommandLine.Model.CommandSpec;
 import picocli.CommandLine.Option;
+import picocli.CommandLine.Parameters;
 import picocli.CommandLine.Spec;
 
 /** {@code moe4j bench}: times the expert chain, whole steps, or what a launch costs the host. */
@@ -45,6 +46,7 @@ import picocli.CommandLine.Spec;
             BenchCommand.Experts.class,
             BenchCommand.Chain.class,
             BenchCommand.Launch.class,
+            BenchCommand.Show.class,
             CommandLine.HelpCommand.class
         })
 final class BenchCommand implements Runnable {
@@ -53,7 +55,7 @@ final class BenchCommand implements Runnable {
     @Override
     public void run() {
         throw new CommandLine.ParameterException(
-                spec.commandLine(), "Missing subcommand: experts, chain or launch");
+                spec.commandLine(), "Missing subcommand: experts, chain, launch or show");
     }
 
     /** Forms a report can be printed in. */
@@ -311,11 +313,21 @@ final class BenchCommand implements Runnable {
             return old == null ? ExitCodes.OK : compare(now, old);
         }
 
+        /** The call as it was made, but for where its result went. */
         private String repeat() {
-            return "moe4j "
-                    + self.root().commandLine().getParseResult().originalArgs().stream()
-                            .map(LayerSource::shellQuote)
-                            .collect(Collectors.joining(" "));
+            List<String> words = new ArrayList<>();
+            boolean skip = false;
+            for (String word : self.root().commandLine().getParseResult().originalArgs()) {
+                if (!skip && !word.startsWith("--out=")) {
+                    if (word.equals("--out")) {
+                        skip = true;
+                        continue;
+                    }
+                    words.add(LayerSource.shellQuote(word));
+                }
+                skip = false;
+            }
+            return "moe4j " + String.join(" ", words);
         }
 
         private int compare(BenchReport now, BenchReport old) {
@@ -324,7 +336,7 @@ final class BenchCommand implements Runnable {
                             ? Double.POSITIVE_INFINITY
                             : Comparison.parseAllowed(report.failSlower);
             Comparison comparison = Comparison.of(now, old, allowed);
-            java.io.PrintWriter err = self.commandLine().getErr();
+            PrintWriter err = self.commandLine().getErr();
             comparison.lines().forEach(err::println);
             err.printf(
                     "%d measurements compared, %d slower than allowed, %d not in %s%n",
@@ -467,6 +479,27 @@ final class BenchCommand implements Runnable {
                 return new ChainBench(options)
                         .run(layer.model(), config, weights, routing, layer.tokens);
             }
+        }
+    }
+
+    /** An old report in another form. */
+    @Command(name = "show", description = "Prints a report that --out wrote as JSON.")
+    static final class Show extends BaseCommand {
+        @Parameters(paramLabel = "REPORT.json", description = "The report.")
+        private Path file;
+
+        @Option(
+                names = {"-o", "--output"},
+                paramLabel = "FORMAT",
+                defaultValue = "md",
+                description = "One of ${COMPLETION-CANDIDATES} (default: ${DEFAULT-VALUE}).")
+        private Format format;
+
+        @Override
+        public Integer call() throws IOException {
+            out().print(text(BenchReport.read(file), format));
+            out().flush();
+            return ExitCodes.OK;
         }
     }
 

@@ -71,6 +71,9 @@ class DocsTest {
         Set<String> known = new TreeSet<>();
         for (CommandLine command : Main.commandLine().getSubcommands().values()) {
             known.addAll(command.getCommandSpec().optionsMap().keySet());
+            for (CommandLine nested : command.getSubcommands().values()) {
+                known.addAll(nested.getCommandSpec().optionsMap().keySet());
+            }
         }
         pages().forEach(
                         page ->
@@ -81,20 +84,32 @@ class DocsTest {
 
     @Test
     void shouldDocumentEveryOptionOfEveryCommand() {
-        String page = read(Path.of("docs/checker.md"));
         Main.commandLine()
                 .getSubcommands()
                 .forEach(
                         (name, command) -> {
-                            if (!name.equals("help")) {
-                                String section = section(page, "## moe4j " + name);
-                                command.getCommandSpec().options().stream()
-                                        .map(option -> option.longestName())
-                                        .filter(o -> !List.of("--help", "--version").contains(o))
-                                        .filter(o -> !o.equals("--stacktrace"))
-                                        .forEach(o -> assertThat(section).contains("`" + o + "`"));
+                            if (command.getSubcommands().isEmpty()) {
+                                assertDocumented("docs/checker.md", name, command);
                             }
                         });
+        Main.commandLine()
+                .getSubcommands()
+                .get("bench")
+                .getSubcommands()
+                .forEach(
+                        (name, command) ->
+                                assertDocumented("docs/benchmarks.md", "bench " + name, command));
+    }
+
+    private static void assertDocumented(String page, String name, CommandLine command) {
+        if (name.endsWith("help")) {
+            return;
+        }
+        String section = section(read(Path.of(page)), "## moe4j " + name);
+        command.getCommandSpec().options().stream()
+                .map(option -> option.longestName())
+                .filter(o -> !List.of("--help", "--version", "--stacktrace").contains(o))
+                .forEach(o -> assertThat(section).as("%s, %s", page, name).contains("`" + o + "`"));
     }
 
     @Test
