@@ -80,6 +80,12 @@ if [ -d "$jdk/jmods" ]; then path="--module-path $jdk/jmods"; else path=; fi
 
 cp src/main/bundle/run "$bundle/run"
 chmod 755 "$bundle/run"
+if [ -x target/step_main ]; then
+    cp target/step_main "$bundle/step_main"
+fi
+commit=$(git rev-parse HEAD 2>/dev/null || echo unknown)
+[ -z "$(git status --porcelain 2>/dev/null)" ] || commit="$commit with local changes"
+echo "$commit" > "$bundle/commit"
 
 archive=$(dirname "$bundle")/moe4j-$name.tar.xz
 tar -C "$(dirname "$bundle")" --sort=name --owner=0 --group=0 --numeric-owner -cf - "$name" | xz -T0 -7 > "$archive"

@@ -10,7 +10,7 @@ import java.util.Arrays;
 final class CpuRouter {
     private final int experts;
     private final int hidden;
-    private final double[] byInput;
+    private final double[][] byInput;
     private final float[] bias;
 
     CpuRouter(WeightMatrix router, float[] bias) {
@@ -19,10 +19,10 @@ final class CpuRouter {
         this.bias = bias;
         float[] rowMajor = new float[Math.multiplyExact(experts, hidden)];
         router.read(rowMajor);
-        this.byInput = new double[rowMajor.length];
+        this.byInput = new double[hidden][experts];
         for (int e = 0; e < experts; e++) {
             for (int k = 0; k < hidden; k++) {
-                byInput[k * experts + e] = rowMajor[e * hidden + k];
+                byInput[k][e] = rowMajor[e * hidden + k];
             }
         }
     }
@@ -31,16 +31,16 @@ final class CpuRouter {
     void logits(float[] logits, double[] sums, float[] x, int xAt) {
         Arrays.fill(sums, 0.0);
         for (int k = 0; k < hidden; k++) {
-            addScaled(sums, byInput, k * experts, x[xAt + k]);
+            addScaled(sums, byInput[k], x[xAt + k]);
         }
         for (int e = 0; e < experts; e++) {
             logits[e] = (float) (bias == null ? sums[e] : sums[e] + bias[e]);
         }
     }
 
-    private static void addScaled(double[] sums, double[] w, int at, double x) {
+    private static void addScaled(double[] sums, double[] w, double x) {
         for (int e = 0; e < sums.length; e++) {
-            sums[e] += x * w[at + e];
+            sums[e] += x * w[e];
         }
     }
 }

@@ -16,12 +16,12 @@ final class PackedMatrix {
 
     private final int outputs;
     private final int inputs;
-    private final float[][] tiles;
+    private final float[][][] tiles;
 
     private PackedMatrix(int outputs, int inputs) {
         this.outputs = outputs;
         this.inputs = inputs;
-        this.tiles = new float[(outputs + TILE - 1) / TILE][];
+        this.tiles = new float[(outputs + TILE - 1) / TILE][][];
     }
 
     /**
@@ -38,15 +38,15 @@ final class PackedMatrix {
         return packed;
     }
 
-    private float[] packTile(int tile, float[] rowMajor) {
+    private float[][] packTile(int tile, float[] rowMajor) {
         int width = width(tile);
-        float[] packed = new float[Math.multiplyExact(width, inputs)];
+        float[][] packed = new float[inputs][width];
         for (int from = 0; from < inputs; from += BLOCK) {
             int to = Math.min(inputs, from + BLOCK);
             for (int j = 0; j < width; j++) {
                 int row = (tile * TILE + j) * inputs;
                 for (int k = from; k < to; k++) {
-                    packed[k * width + j] = rowMajor[row + k];
+                    packed[k][j] = rowMajor[row + k];
                 }
             }
         }
@@ -74,24 +74,18 @@ final class PackedMatrix {
      * {@code totals[j] += sum over inputs [from, to) of x[k] · w[k][j]} for one tile, the block's
      * sum formed in {@code partial} first. Callers walk the blocks in ascending order.
      */
-    void addBlock(
-            float[] totals,
-            int totalsAt,
-            float[] partial,
-            float[] x,
-            int xAt,
-            int tile,
-            int from,
-            int to) {
-        float[] w = tiles[tile];
+    void addBlock(float[] totals, float[] partial, float[] x, int xAt, int tile, int from, int to) {
+        float[][] w = tiles[tile];
         int width = width(tile);
         clear(partial, width);
         int k = from;
         for (; k + 4 <= to; k += 4) {
             fourInputs(
                     partial,
-                    w,
-                    k * width,
+                    w[k],
+                    w[k + 1],
+                    w[k + 2],
+                    w[k + 3],
                     width,
                     x[xAt + k],
                     x[xAt + k + 1],
@@ -99,9 +93,9 @@ final class PackedMatrix {
                     x[xAt + k + 3]);
         }
         for (; k < to; k++) {
-            oneInput(partial, w, k * width, width, x[xAt + k]);
+            oneInput(partial, w[k], width, x[xAt + k]);
         }
-        add(totals, totalsAt, partial, width);
+        add(totals, partial, width);
     }
 
     private static void clear(float[] partial, int width) {
@@ -111,24 +105,30 @@ final class PackedMatrix {
     }
 
     private static void fourInputs(
-            float[] sum, float[] w, int at, int width, float x0, float x1, float x2, float x3) {
-        int at1 = at + width;
-        int at2 = at1 + width;
-        int at3 = at2 + width;
+            float[] sum,
+            float[] w0,
+            float[] w1,
+            float[] w2,
+            float[] w3,
+            int width,
+            float x0,
+            float x1,
+            float x2,
+            float x3) {
         for (int j = 0; j < width; j++) {
-            sum[j] += (x0 * w[at + j] + x1 * w[at1 + j]) + (x2 * w[at2 + j] + x3 * w[at3 + j]);
+            sum[j] += (x0 * w0[j] + x1 * w1[j]) + (x2 * w2[j] + x3 * w3[j]);
         }
     }
 
-    private static void oneInput(float[] sum, float[] w, int at, int width, float x) {
+    private static void oneInput(float[] sum, float[] w, int width, float x) {
         for (int j = 0; j < width; j++) {
-            sum[j] += x * w[at + j];
+            sum[j] += x * w[j];
         }
     }
 
-    private static void add(float[] totals, int totalsAt, float[] partial, int width) {
+    private static void add(float[] totals, float[] partial, int width) {
         for (int j = 0; j < width; j++) {
-            totals[totalsAt + j] += partial[j];
+            totals[j] += partial[j];
         }
     }
 }
