@@ -38,15 +38,18 @@ struct Variant {
 };
 
 const int kManyShared = moe::kWgmmaSharedBytes<moe::ManyRows>;
+const int kSomeShared = moe::kWgmmaSharedBytes<moe::SomeRows>;
 const int kFewShared = moe::kWgmmaSharedBytes<moe::FewRows>;
 const Variant kVariants[] = {
     {"mma", moe_gate_up_mma, moe_down_mma, 256, moe::kGemmSharedBytes, 2, false, false},
     {"many", moe_gate_up_wgmma, moe_down_wgmma, moe::kWgmmaThreads, kManyShared, 1, false, false},
     {"many+pdl", moe_gate_up_wgmma, moe_down_wgmma, moe::kWgmmaThreads, kManyShared, 1, true, false},
     {"many+cut+pdl", moe_gate_up_wgmma, moe_down_wgmma, moe::kWgmmaThreads, kManyShared, 1, true, true},
+    {"many+cut", moe_gate_up_wgmma, moe_down_wgmma, moe::kWgmmaThreads, kManyShared, 1, false, true},
     {"few2", moe_gate_up_wgmma_few, moe_down_wgmma_few, moe::kWgmmaThreads, kFewShared, 2, false, false},
     {"few2+pdl", moe_gate_up_wgmma_few, moe_down_wgmma_few, moe::kWgmmaThreads, kFewShared, 2, true, false},
-    {"few2+cut+pdl", moe_gate_up_wgmma_few, moe_down_wgmma_few, moe::kWgmmaThreads, kFewShared, 2, true, true},
+    {"some2", moe_gate_up_wgmma_some, moe_down_wgmma_some, moe::kWgmmaThreads, kSomeShared, 2, false, false},
+    {"some2+pdl", moe_gate_up_wgmma_some, moe_down_wgmma_some, moe::kWgmmaThreads, kSomeShared, 2, true, false},
 };
 
 struct Random {
@@ -299,7 +302,7 @@ void bench_prefill(bool verify) {
         const double flop = 2.0 * bench.rows * s.hidden * s.intermediate;
         std::printf("%-36s", s.name);
         for (const Variant& v : kVariants) {
-            if (std::strncmp(v.name, "few", 3) == 0 || v.cuts) continue;
+            if (v.ctas_per_sm == 2 && v.gate_up != moe_gate_up_mma || v.cuts) continue;
             const int replays = v.gate_up == moe_gate_up_mma ? 1 : 5;
             const double g1 = bench.time_us(v, kGateUp, replays), g2 = bench.time_us(v, kDown, replays);
             const double both = bench.time_us(v, kChain, replays);
@@ -336,6 +339,26 @@ int main(int argc, char** argv) {
     fill(g_pool, g_pool_bytes, 11, 0.05f);
     CHECK_CUDA(cudaStreamSynchronize(g_stream));
     if (asked("cases") || asked("verify")) bench_cases(only, asked("verify"), asked("cases"));
+#ifdef MOE_DEV
+    if (asked("sweep")) {
+        const int memory[] = {300, 400, 560, 800, 1200}, cache[] = {20, 27, 36, 50};
+        for (const BenchCase& c : kBenchCases) {
+            const int number = std::atoi(c.name);
+            if (number != 10 && number != 14 && number != 5 && number != 9) continue;
+            Bench bench(std::vector<int>(c.counts, c.counts + c.experts), c.hidden, c.intermediate, c.slots);
+            for (int m : memory) {
+                for (int k : cache) {
+                    CHECK_CUDA(cudaMemcpyToSymbol(moe::scheduler::g_dev_memory, &m, 4));
+                    CHECK_CUDA(cudaMemcpyToSymbol(moe::scheduler::g_dev_cache, &k, 4));
+                    std::printf("%.3s mem %4d cache %2d: g1 %.1f g2 %.1f, with cuts %.1f %.1f, chain pdl %.1f cuts %.1f\n", c.name, m, k,
+                                bench.time_us(kVariants[1], kGateUp, 5), bench.time_us(kVariants[1], kDown, 5),
+                                bench.time_us(kVariants[4], kGateUp, 5), bench.time_us(kVariants[4], kDown, 5),
+                                bench.time_us(kVariants[2], kChain, 5), bench.time_us(kVariants[3], kChain, 5));
+                }
+            }
+        }
+    }
+#endif
     if (asked("prefill")) bench_prefill(asked("verify"));
     return 0;
 }

@@ -42,6 +42,7 @@ struct ManyRows {
     static constexpr int kTokenSlots = 4;
     static constexpr int kSlotBytes = 256 * kRowBytes;
     static constexpr bool kMovesRegisters = true;
+    static constexpr bool kCuts = true;
     static constexpr int kProductClocks = 4;  // a column and k block
     static constexpr int kCacheBytesPerClock = 36;
     static constexpr int kMemoryClocks = 560;
@@ -50,29 +51,47 @@ struct ManyRows {
         return rows <= 8     ? 8
                : rows <= 16  ? 16
                : rows <= 32  ? 32
-               : rows <= 48  ? 48
                : rows <= 64  ? 64
                : rows <= 96  ? 96
                : rows <= 128 ? 128
                : rows <= 144 ? 144
                : rows <= 192 ? 192
+               : rows <= 224 ? 224
                              : 256;
     }
 };
 
-// Two CTAs share an SM, so that the next kernel's weights stream while this one ends.
+// Two CTAs share an SM. Fewer widths, so little code: a kernel's start waits for its instructions.
 struct FewRows {
-    static constexpr int kMaxColumns = 64;
+    static constexpr int kMaxColumns = 32;
     static constexpr int kWeightStages = 5;
     static constexpr int kTokenSlots = 3;
     static constexpr int kSlotBytes = 64 * kRowBytes;
     static constexpr bool kMovesRegisters = false;
+    static constexpr bool kCuts = false;
     static constexpr int kProductClocks = 8;
     static constexpr int kCacheBytesPerClock = 18;
     static constexpr int kMemoryClocks = 1120;
 
     __device__ static constexpr int columns_for(int rows) {
-        return rows <= 8 ? 8 : (rows <= 16 ? 16 : (rows <= 32 ? 32 : (rows <= 48 ? 48 : 64)));
+        return rows <= 8 ? 8 : (rows <= 16 ? 16 : 32);
+    }
+};
+
+// As FewRows, with deeper slots for more tokens.
+struct SomeRows {
+    static constexpr int kMaxColumns = 64;
+    static constexpr int kWeightStages = 4;
+    static constexpr int kTokenSlots = 3;
+    static constexpr int kSlotBytes = 128 * kRowBytes;
+    static constexpr bool kMovesRegisters = false;
+    static constexpr bool kCuts = false;
+    static constexpr int kProductClocks = 8;
+    static constexpr int kCacheBytesPerClock = 18;
+    static constexpr int kMemoryClocks = 1120;
+
+    __device__ static constexpr int columns_for(int rows) {
+        return rows <= 16 ? 16 : (rows <= 32 ? 32 : (rows <= 48 ? 48 : 64));
     }
 };
 
@@ -84,7 +103,8 @@ __device__ __forceinline__ constexpr int k_blocks_of_slot(int columns) {
 
 // Listed by the thread that streams weights, which is at most a ring of k blocks, so of pieces, ahead.
 constexpr int kPieces = 8;
-static_assert(ManyRows::kWeightStages < kPieces && FewRows::kWeightStages < kPieces,
+static_assert(ManyRows::kWeightStages + 1 < kPieces && FewRows::kWeightStages + 1 < kPieces &&
+                  SomeRows::kWeightStages + 1 < kPieces,
               "a listed piece stays until it is done");
 
 template <class Shape>
@@ -106,7 +126,9 @@ template <class Shape>
 constexpr int kWgmmaSharedBytes = kWgmmaRingBytes<Shape> + kWgmmaExtraBytes;
 static_assert(sizeof(WgmmaShared<ManyRows>) <= kWgmmaExtraBytes, "barriers lie behind the rings");
 static_assert(kWgmmaSharedBytes<ManyRows> <= 227 * 1024, "one CTA fits an SM of sm_90");
-static_assert(2 * (kWgmmaSharedBytes<FewRows> + 1024) <= 228 * 1024, "two CTAs fit an SM of sm_90");
+static_assert(2 * (kWgmmaSharedBytes<SomeRows> + 1024) <= 228 * 1024 &&
+                  2 * (kWgmmaSharedBytes<FewRows> + 1024) <= 228 * 1024,
+              "two CTAs fit an SM of sm_90");
 
 // A position in a ring and the parity of its barriers' phase.
 template <int kStages>
@@ -144,37 +166,35 @@ __device__ __forceinline__ void stream_weights(WgmmaShared<Shape>& shared, const
                                                scheduler::Shares<Shape> shares) {
     RingPosition<Shape::kWeightStages> stage;
     const GemmOperands& g = shared.operands;
-    scheduler::Piece piece;
-    if (!shares.next(piece)) {
-        shared.pieces[0].k_end = 0;
-        ptx::mbarrier_arrive(rings.weights_ready);
-        return;
-    }
-    bool more = true;
-    for (int number = 0; more; number++) {
-        const uint8_t* tile = reinterpret_cast<const uint8_t*>(
+    const uint8_t* tile = nullptr;  // of the next k block
+    const auto copy = [&] {
+        ptx::mbarrier_wait(barrier_at(rings.weights_free, stage.index), stage.parity ^ 1);
+        const uint32_t ready = barrier_at(rings.weights_ready, stage.index);
+        ptx::mbarrier_arrive_expect(ready, kTileBytes);
+        ptx::bulk_copy(rings.weights + stage.index * kTileBytes, tile, kTileBytes, ready);
+        tile += kTileBytes;
+        stage.step();
+    };
+    for (int number = 0;; number++) {
+        scheduler::Piece piece;
+        const bool more = shares.next(piece);
+        if (number > 0) {
+            shared.pieces[(number - 1) % kPieces].last = !more;
+            copy();  // the last k block of that piece
+        } else if (!more) {
+            shared.pieces[0].k_end = 0;
+            ptx::mbarrier_arrive(rings.weights_ready);
+        }
+        if (!more) {
+            return;
+        }
+        shared.pieces[number % kPieces] = piece;
+        tile = reinterpret_cast<const uint8_t*>(
             g.weights + tile_offset(piece.work.expert, piece.work.row_tile, piece.k_begin, g.row_tiles,
                                     g.k_blocks));
-        const int k_end = piece.k_end;
-        scheduler::Piece& listed = shared.pieces[number % kPieces];
 #pragma unroll 1
-        for (int k = piece.k_begin; k < k_end; k++) {
-            ptx::mbarrier_wait(barrier_at(rings.weights_free, stage.index), stage.parity ^ 1);
-            const uint32_t ready = barrier_at(rings.weights_ready, stage.index);
-            ptx::bulk_copy(rings.weights + stage.index * kTileBytes, tile, kTileBytes, ready);
-            if (k == piece.k_begin) {
-                listed = piece;
-            }
-            if (k + 1 == k_end) {
-                more = shares.next(piece);
-                listed.last = !more;
-            }
-            ptx::mbarrier_arrive_expect(ready, kTileBytes);
-            tile += kTileBytes;
-            stage.step();
-            if (k + 1 == k_end) {
-                break;
-            }
+        for (int k = piece.k_begin + 1; k < piece.k_end; k++) {
+            copy();
         }
     }
 }
@@ -206,17 +226,15 @@ __device__ __forceinline__ void gather_piece(const Rings<Shape>& rings,
 #pragma unroll 1
     for (int k = piece.k_begin; k < piece.k_end; k += kGroup) {
         ptx::mbarrier_wait(barrier_at(rings.tokens_free, slot.index), slot.parity ^ 1);
-        const uint32_t to = rings.tokens + slot.index * Shape::kSlotBytes + place;
-        if (copies) {
+        uint32_t to = rings.tokens + slot.index * Shape::kSlotBytes + place;
+        const int blocks = min(kGroup, piece.k_end - k);
+#pragma unroll 1
+        for (int block = 0; copies && block < (kGroup == 1 ? 1 : blocks); block++) {
 #pragma unroll
-            for (int block = 0; block < kGroup; block++) {
-                if (block == 0 || k + block < piece.k_end) {
-#pragma unroll
-                    for (int i = 0; i < kPasses; i++) {
-                        ptx::cp_async_16(to + (block * kColumns + 8 * i) * kRowBytes, in + source[i] + block * 8);
-                    }
-                }
+            for (int i = 0; i < kPasses; i++) {
+                ptx::cp_async_16(to + 8 * i * kRowBytes, in + source[i] + block * 8);
             }
+            to += kColumns * kRowBytes;
         }
         in += kGroup * 8;
         ptx::mbarrier_arrive_after_cp_async(barrier_at(rings.tokens_ready, slot.index));
@@ -233,18 +251,29 @@ __device__ __forceinline__ void gather_tokens(const Rings<Shape>& rings, const G
     while (shares.next(piece)) {
         const int columns = Shape::columns_for(piece.work.rows);
         switch (columns) {
-            case 8: gather_piece<8>(rings, slot, g, piece); break;
+            case 8:
+                if constexpr (Shape::kMaxColumns != 64) {
+                    gather_piece<8>(rings, slot, g, piece);
+                }
+                break;
             case 16: gather_piece<16>(rings, slot, g, piece); break;
             case 32: gather_piece<32>(rings, slot, g, piece); break;
-            case 48: gather_piece<48>(rings, slot, g, piece); break;
-            case 64: gather_piece<64>(rings, slot, g, piece); break;
             default:
+                if constexpr (Shape::kMaxColumns == 64) {
+                    if (columns == 48) {
+                        gather_piece<48>(rings, slot, g, piece);
+                    } else {
+                        gather_piece<64>(rings, slot, g, piece);
+                    }
+                }
                 if constexpr (Shape::kMaxColumns > 64) {
                     switch (columns) {
+                        case 64: gather_piece<64>(rings, slot, g, piece); break;
                         case 96: gather_piece<96>(rings, slot, g, piece); break;
                         case 128: gather_piece<128>(rings, slot, g, piece); break;
                         case 144: gather_piece<144>(rings, slot, g, piece); break;
                         case 192: gather_piece<192>(rings, slot, g, piece); break;
+                        case 224: gather_piece<224>(rings, slot, g, piece); break;
                         default: gather_piece<256>(rings, slot, g, piece);
                     }
                 }
@@ -379,8 +408,10 @@ __device__ __forceinline__ void multiply_piece(const Rings<Shape>& rings,
             acc[j][i] = 0.0f;
         }
     }
-    if (piece.takes_over) {
-        take_over(acc, me);
+    if constexpr (Shape::kCuts) {
+        if (piece.takes_over) {
+            take_over(acc, me);
+        }
     }
     pin(acc);
 
@@ -403,9 +434,11 @@ __device__ __forceinline__ void multiply_piece(const Rings<Shape>& rings,
     pin(acc);
     leaving.leave();
 
-    if (piece.hands_over) {
-        hand_over(me, acc);
-        return;
+    if constexpr (Shape::kCuts) {
+        if (piece.hands_over) {
+            hand_over(me, acc);
+            return;
+        }
     }
     epilogue.template store<kColumns>(g, piece.work, acc);
 }
@@ -424,18 +457,29 @@ __device__ __forceinline__ void multiply(const WgmmaShared<Shape>& shared, const
         }
         const int columns = Shape::columns_for(piece.work.rows);
         switch (columns) {
-            case 8: multiply_piece<8>(rings, at, g, me, piece, epilogue); break;
+            case 8:
+                if constexpr (Shape::kMaxColumns != 64) {
+                    multiply_piece<8>(rings, at, g, me, piece, epilogue);
+                }
+                break;
             case 16: multiply_piece<16>(rings, at, g, me, piece, epilogue); break;
             case 32: multiply_piece<32>(rings, at, g, me, piece, epilogue); break;
-            case 48: multiply_piece<48>(rings, at, g, me, piece, epilogue); break;
-            case 64: multiply_piece<64>(rings, at, g, me, piece, epilogue); break;
             default:
+                if constexpr (Shape::kMaxColumns == 64) {
+                    if (columns == 48) {
+                        multiply_piece<48>(rings, at, g, me, piece, epilogue);
+                    } else {
+                        multiply_piece<64>(rings, at, g, me, piece, epilogue);
+                    }
+                }
                 if constexpr (Shape::kMaxColumns > 64) {
                     switch (columns) {
+                        case 64: multiply_piece<64>(rings, at, g, me, piece, epilogue); break;
                         case 96: multiply_piece<96>(rings, at, g, me, piece, epilogue); break;
                         case 128: multiply_piece<128>(rings, at, g, me, piece, epilogue); break;
                         case 144: multiply_piece<144>(rings, at, g, me, piece, epilogue); break;
                         case 192: multiply_piece<192>(rings, at, g, me, piece, epilogue); break;
+                        case 224: multiply_piece<224>(rings, at, g, me, piece, epilogue); break;
                         default: multiply_piece<256>(rings, at, g, me, piece, epilogue);
                     }
                 }
@@ -475,7 +519,7 @@ __device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& operands, 
         ptx::wait_for_previous_grid();
         ptx::allow_next_grid();
     }
-    const bool may_cut = me.partial_sums != nullptr && gridDim.x <= kMaxShares;
+    const bool may_cut = Shape::kCuts && me.partial_sums != nullptr && gridDim.x <= kMaxShares;
     const scheduler::Shares<Shape> shares(shared.shares, operands.counts, operands.experts,
                                           operands.row_tiles, operands.k_blocks, may_cut);
 

@@ -42,6 +42,11 @@ struct Cut {
     int k;
 };
 
+#ifdef MOE_DEV
+__device__ int g_dev_memory = 560;
+__device__ int g_dev_cache = 36;
+#endif
+
 template <class Shape>
 class Shares {
    public:
@@ -126,8 +131,13 @@ class Shares {
     __device__ static int item_cost(TokenBlocks blocks) {
         const int columns = Shape::columns_for(blocks.rows);
         const int products = Shape::kProductClocks * columns + 64;
+#ifdef MOE_DEV
+        const int bytes = (kTileBytes + columns * kRowBytes) / g_dev_cache;
+        const int memory = blocks.count <= 1 ? g_dev_memory : 0;
+#else
         const int bytes = (kTileBytes + columns * kRowBytes) / Shape::kCacheBytesPerClock;
         const int memory = blocks.count <= 1 ? Shape::kMemoryClocks : 0;
+#endif
         return max(max(products, bytes), memory) / 16;
     }
 
@@ -151,7 +161,8 @@ class Shares {
         const int largest = __reduce_max_sync(0xffffffffu, shared.group_largest[lane]);
         const int grid = gridDim.x;
         const int64_t round = static_cast<int64_t>(largest) * grid;
-        if (total >= kRoundsToDeal * round && total > 0) {
+        const bool alike = 2ll * largest * all_items <= 3ll * total;
+        if (total >= kRoundsToDeal * round && alike && total > 0) {
             if (lane == 0) {
                 shared.cuts[which] = {which == 0 ? 0 : shared.experts, which == 0 ? static_cast<int>(blockIdx.x) : 0, 0};
                 shared.step = grid;
