@@ -339,26 +339,6 @@ int main(int argc, char** argv) {
     fill(g_pool, g_pool_bytes, 11, 0.05f);
     CHECK_CUDA(cudaStreamSynchronize(g_stream));
     if (asked("cases") || asked("verify")) bench_cases(only, asked("verify"), asked("cases"));
-#ifdef MOE_DEV
-    if (asked("sweep")) {
-        const int memory[] = {300, 400, 560, 800, 1200}, cache[] = {20, 27, 36, 50};
-        for (const BenchCase& c : kBenchCases) {
-            const int number = std::atoi(c.name);
-            if (number != 10 && number != 14 && number != 5 && number != 9) continue;
-            Bench bench(std::vector<int>(c.counts, c.counts + c.experts), c.hidden, c.intermediate, c.slots);
-            for (int m : memory) {
-                for (int k : cache) {
-                    CHECK_CUDA(cudaMemcpyToSymbol(moe::scheduler::g_dev_memory, &m, 4));
-                    CHECK_CUDA(cudaMemcpyToSymbol(moe::scheduler::g_dev_cache, &k, 4));
-                    std::printf("%.3s mem %4d cache %2d: g1 %.1f g2 %.1f, with cuts %.1f %.1f, chain pdl %.1f cuts %.1f\n", c.name, m, k,
-                                bench.time_us(kVariants[1], kGateUp, 5), bench.time_us(kVariants[1], kDown, 5),
-                                bench.time_us(kVariants[4], kGateUp, 5), bench.time_us(kVariants[4], kDown, 5),
-                                bench.time_us(kVariants[2], kChain, 5), bench.time_us(kVariants[3], kChain, 5));
-                }
-            }
-        }
-    }
-#endif
     if (asked("prefill")) bench_prefill(asked("verify"));
     return 0;
 }

@@ -25,13 +25,11 @@ void moe_down_wgmma_some(const __grid_constant__ moe::StepParams p) {
     moe::masked_gemm_wgmma<moe::SomeRows, true>(
         moe::down_operands(p, me), me, moe::DownEpilogue{});
 }
-#ifndef MOE_DEV
 extern "C" __global__ __launch_bounds__(moe::kWgmmaThreads, 1)
 void moe_shared_down_wgmma(const __grid_constant__ moe::StepParams p) {
     const moe::LocalRank& me = p.locals[blockIdx.y];
     moe::masked_gemm_wgmma<moe::ManyRows, true>(
         moe::shared_down_operands(p, me), me, moe::DownEpilogue{});
 }
-#endif
 
 #endif

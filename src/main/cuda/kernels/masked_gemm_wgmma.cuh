@@ -42,10 +42,8 @@ struct ManyRows {
     static constexpr int kTokenSlots = 4;
     static constexpr int kSlotBytes = 256 * kRowBytes;
     static constexpr bool kMovesRegisters = true;
+    static constexpr bool kLeavesEarly = true;
     static constexpr bool kCuts = true;
-    static constexpr int kProductClocks = 4;  // a column and k block
-    static constexpr int kCacheBytesPerClock = 36;
-    static constexpr int kMemoryClocks = 560;
 
     __device__ static constexpr int columns_for(int rows) {
         return rows <= 8     ? 8
@@ -68,10 +66,8 @@ struct FewRows {
     static constexpr int kTokenSlots = 3;
     static constexpr int kSlotBytes = 64 * kRowBytes;
     static constexpr bool kMovesRegisters = false;
+    static constexpr bool kLeavesEarly = false;
     static constexpr bool kCuts = false;
-    static constexpr int kProductClocks = 8;
-    static constexpr int kCacheBytesPerClock = 18;
-    static constexpr int kMemoryClocks = 1120;
 
     __device__ static constexpr int columns_for(int rows) {
         return rows <= 8 ? 8 : (rows <= 16 ? 16 : 32);
@@ -85,10 +81,8 @@ struct SomeRows {
     static constexpr int kTokenSlots = 3;
     static constexpr int kSlotBytes = 128 * kRowBytes;
     static constexpr bool kMovesRegisters = false;
+    static constexpr bool kLeavesEarly = false;
     static constexpr bool kCuts = false;
-    static constexpr int kProductClocks = 8;
-    static constexpr int kCacheBytesPerClock = 18;
-    static constexpr int kMemoryClocks = 1120;
 
     __device__ static constexpr int columns_for(int rows) {
         return rows <= 16 ? 16 : (rows <= 32 ? 32 : (rows <= 48 ? 48 : 64));
@@ -159,42 +153,43 @@ __device__ __forceinline__ uint32_t barrier_at(uint32_t barriers, int index) {
     return barriers + 8 * index;
 }
 
-// Warpgroup 2, one thread. The first barrier of a piece that it arrives at also publishes the piece,
-// the last whether it was the CTA's last.
+// Warpgroup 2, one thread. What it arrives at with the first k block of a piece also publishes the
+// piece, with the last whether it was the CTA's last.
 template <class Shape>
 __device__ __forceinline__ void stream_weights(WgmmaShared<Shape>& shared, const Rings<Shape>& rings,
                                                scheduler::Shares<Shape> shares) {
     RingPosition<Shape::kWeightStages> stage;
     const GemmOperands& g = shared.operands;
-    const uint8_t* tile = nullptr;  // of the next k block
-    const auto copy = [&] {
-        ptx::mbarrier_wait(barrier_at(rings.weights_free, stage.index), stage.parity ^ 1);
-        const uint32_t ready = barrier_at(rings.weights_ready, stage.index);
-        ptx::mbarrier_arrive_expect(ready, kTileBytes);
-        ptx::bulk_copy(rings.weights + stage.index * kTileBytes, tile, kTileBytes, ready);
-        tile += kTileBytes;
-        stage.step();
-    };
-    for (int number = 0;; number++) {
-        scheduler::Piece piece;
-        const bool more = shares.next(piece);
-        if (number > 0) {
-            shared.pieces[(number - 1) % kPieces].last = !more;
-            copy();  // the last k block of that piece
-        } else if (!more) {
-            shared.pieces[0].k_end = 0;
-            ptx::mbarrier_arrive(rings.weights_ready);
-        }
-        if (!more) {
-            return;
-        }
-        shared.pieces[number % kPieces] = piece;
-        tile = reinterpret_cast<const uint8_t*>(
+    scheduler::Piece piece;
+    if (!shares.next(piece)) {
+        shared.pieces[0].k_end = 0;
+        ptx::mbarrier_arrive(rings.weights_ready);
+        return;
+    }
+    bool more = true;
+    for (int number = 0; more; number++) {
+        const uint8_t* tile = reinterpret_cast<const uint8_t*>(
             g.weights + tile_offset(piece.work.expert, piece.work.row_tile, piece.k_begin, g.row_tiles,
                                     g.k_blocks));
+        const int k_begin = piece.k_begin;
+        const int k_end = piece.k_end;
+        scheduler::Piece& listed = shared.pieces[number % kPieces];
 #pragma unroll 1
-        for (int k = piece.k_begin + 1; k < piece.k_end; k++) {
-            copy();
+        for (int k = k_begin; k < k_end; k++) {
+            ptx::mbarrier_wait(barrier_at(rings.weights_free, stage.index), stage.parity ^ 1);
+            const uint32_t ready = barrier_at(rings.weights_ready, stage.index);
+            // why: before the arrival, so that listing costs the copy no time
+            ptx::bulk_copy(rings.weights + stage.index * kTileBytes, tile, kTileBytes, ready);
+            if (k == k_begin) {
+                listed = piece;
+            }
+            if (k + 1 == k_end) {
+                more = shares.next(piece);
+                listed.last = !more;
+            }
+            ptx::mbarrier_arrive_expect(ready, kTileBytes);
+            tile += kTileBytes;
+            stage.step();
         }
     }
 }
@@ -226,15 +221,18 @@ __device__ __forceinline__ void gather_piece(const Rings<Shape>& rings,
 #pragma unroll 1
     for (int k = piece.k_begin; k < piece.k_end; k += kGroup) {
         ptx::mbarrier_wait(barrier_at(rings.tokens_free, slot.index), slot.parity ^ 1);
-        uint32_t to = rings.tokens + slot.index * Shape::kSlotBytes + place;
-        const int blocks = min(kGroup, piece.k_end - k);
-#pragma unroll 1
-        for (int block = 0; copies && block < (kGroup == 1 ? 1 : blocks); block++) {
+        const uint32_t to = rings.tokens + slot.index * Shape::kSlotBytes + place;
+        if (copies) {
 #pragma unroll
-            for (int i = 0; i < kPasses; i++) {
-                ptx::cp_async_16(to + 8 * i * kRowBytes, in + source[i] + block * 8);
+            for (int block = 0; block < kGroup; block++) {
+                if (block == 0 || k + block < piece.k_end) {
+#pragma unroll
+                    for (int i = 0; i < kPasses; i++) {
+                        ptx::cp_async_16(to + (block * kColumns + 8 * i) * kRowBytes,
+                                         in + source[i] + block * 8);
+                    }
+                }
             }
-            to += kColumns * kRowBytes;
         }
         in += kGroup * 8;
         ptx::mbarrier_arrive_after_cp_async(barrier_at(rings.tokens_ready, slot.index));
@@ -419,11 +417,13 @@ __device__ __forceinline__ void multiply_piece(const Rings<Shape>& rings,
     Leaving leaving = multiply_k_block<kColumns>(acc, rings, at, piece.k_begin + 1 == piece.k_end);
 #pragma unroll 1
     for (int k = piece.k_begin + 1; k < piece.k_end; k++) {
-        if (!tiles_are_ready(rings, at)) {
-            // why: the ring must not miss this stage while it is starving
-            ptx::wgmma_wait<0>();
-            leaving.leave();
-            leaving.weights_free = 0;
+        if constexpr (Shape::kLeavesEarly) {
+            if (!tiles_are_ready(rings, at)) {
+                // why: the ring must not miss this stage while it is starving
+                ptx::wgmma_wait<0>();
+                leaving.leave();
+                leaving.weights_free = 0;
+            }
         }
         const Leaving next = multiply_k_block<kColumns>(acc, rings, at, k + 1 == piece.k_end);
         ptx::wgmma_wait<1>();

@@ -35,7 +35,7 @@ constexpr int kTileCols = 64;
 constexpr int kTileBytes = kTileRows * kTileCols * 2;
 constexpr int kMaxTopK = 32;
 constexpr int kMaxRanks = 64;
-constexpr int kMaxShares = 320;      // CTAs that may hand a tile's partial sums to the next
+constexpr int kMaxShares = 160;      // CTAs that may hand a tile's partial sums to the next
 constexpr int kPartialFloats = 128 * 256;  // of such a tile
 
 enum DType : int32_t { kF32 = 0, kF16 = 1, kBF16 = 2 };

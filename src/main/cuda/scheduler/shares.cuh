@@ -42,11 +42,6 @@ struct Cut {
     int k;
 };
 
-#ifdef MOE_DEV
-__device__ int g_dev_memory = 560;
-__device__ int g_dev_cache = 36;
-#endif
-
 template <class Shape>
 class Shares {
    public:
@@ -126,18 +121,13 @@ class Shares {
     }
 
    private:
-    // Time of a k block of an item, in steps of 16 clocks: its products, its bytes from the L2 cache
-    // or, if weights are used once, from memory, of which a CTA may have more than its part.
+    // Time of a k block of an item on an H200, in steps of 16 clocks: its products, or its bytes from
+    // the L2 cache, or, where weights are used for few rows, from memory.
     __device__ static int item_cost(TokenBlocks blocks) {
         const int columns = Shape::columns_for(blocks.rows);
-        const int products = Shape::kProductClocks * columns + 64;
-#ifdef MOE_DEV
-        const int bytes = (kTileBytes + columns * kRowBytes) / g_dev_cache;
-        const int memory = blocks.count <= 1 ? g_dev_memory : 0;
-#else
-        const int bytes = (kTileBytes + columns * kRowBytes) / Shape::kCacheBytesPerClock;
-        const int memory = blocks.count <= 1 ? Shape::kMemoryClocks : 0;
-#endif
+        const int products = 4 * columns + 64;
+        const int bytes = (kTileBytes + columns * kRowBytes) / 36;
+        const int memory = columns <= 64 ? 1200 : 0;
         return max(max(products, bytes), memory) / 16;
     }
 
@@ -164,7 +154,8 @@ class Shares {
         const bool alike = 2ll * largest * all_items <= 3ll * total;
         if (total >= kRoundsToDeal * round && alike && total > 0) {
             if (lane == 0) {
-                shared.cuts[which] = {which == 0 ? 0 : shared.experts, which == 0 ? static_cast<int>(blockIdx.x) : 0, 0};
+                const int first = static_cast<int>(blockIdx.x);
+                shared.cuts[which] = which == 0 ? Cut{0, first, 0} : Cut{shared.experts, 0, 0};
                 shared.step = grid;
             }
             return;
@@ -174,7 +165,7 @@ class Shares {
         }
         // Whole items where they fill the last round, or nearly
         const int rounds = (all_items + grid - 1) / grid;
-        const bool fill = total == largest * all_items && 10 * rounds * grid <= 11 * all_items;
+        const bool fill = total == largest * all_items && 10ll * rounds * grid <= 11ll * all_items;
         may_cut = may_cut && !fill;
 
         const int share = blockIdx.x + which;
