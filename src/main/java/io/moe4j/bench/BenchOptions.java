@@ -24,6 +24,9 @@ public record BenchOptions(
     /** Bytes a rotation has to exceed when cold: several times any L2. */
     public static final long ROTATION_BYTES = 400_000_000;
 
+    /** Most weight sets that rotate; layers so small that more were needed are not quite cold. */
+    public static final int MOST_WEIGHT_SETS = 256;
+
     String mode() {
         return graph ? "graph" : "eager";
     }
@@ -32,8 +35,12 @@ public record BenchOptions(
         return cold ? "cold" : "hot";
     }
 
-    /** Weight sets so that one rotation reads more than {@link #ROTATION_BYTES}. */
+    /**
+     * Weight sets so that one rotation reads more than {@link #ROTATION_BYTES}, at most {@link
+     * #MOST_WEIGHT_SETS}.
+     */
     int weightSets(double bytesPerRun) {
-        return cold ? (int) Math.max(1, Math.ceil(ROTATION_BYTES / Math.max(1, bytesPerRun))) : 1;
+        double wanted = Math.ceil(ROTATION_BYTES / Math.max(1, bytesPerRun));
+        return cold ? (int) Math.max(1, Math.min(MOST_WEIGHT_SETS, wanted)) : 1;
     }
 }

@@ -107,6 +107,16 @@ public final class ExpertsBench {
     }
 
     private int setsThatFit(BenchCase benchCase, MoeConfig config, CudaProbe probe, int wanted) {
+        double rotation = wanted * cost(benchCase, Stage.G2).weightBytes();
+        if (options.cold() && rotation < BenchOptions.ROTATION_BYTES) {
+            notes.add(
+                    label(benchCase)
+                            + ": a rotation of "
+                            + wanted
+                            + " weight sets reads only "
+                            + Math.round(rotation / 1e6)
+                            + " MB, so some weights may come from the cache");
+        }
         long each = Moe.plan(config).totalBytes();
         long fit = Math.max(1, probe.freeBytes() / 10 * 8 / each);
         if (fit < wanted) {

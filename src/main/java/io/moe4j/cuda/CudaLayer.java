@@ -719,6 +719,7 @@ final class CudaLayer implements MoeLayer {
     @Override
     public void close() {
         closed = true;
+        memory.refuse();
         lock.lock();
         try {
             freeIfUnused();

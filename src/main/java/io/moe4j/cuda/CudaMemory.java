@@ -14,10 +14,15 @@ import java.util.List;
 final class CudaMemory implements BackendMemory, AutoCloseable {
     private final Context context;
     private final List<DeviceBuffer> buffers = new ArrayList<>();
-    private boolean closed;
+    private boolean refused;
 
     CudaMemory(Context context) {
         this.context = context;
+    }
+
+    /** Refuses further use; the memory itself stays until close, for graphs that use it. */
+    synchronized void refuse() {
+        refused = true;
     }
 
     @Override
@@ -58,13 +63,13 @@ final class CudaMemory implements BackendMemory, AutoCloseable {
 
     @Override
     public synchronized void close() {
-        closed = true;
+        refused = true;
         buffers.forEach(DeviceBuffer::close);
         buffers.clear();
     }
 
     private void requireOpen() {
-        if (closed) {
+        if (refused) {
             throw new IllegalStateException("the layer is closed: open a new one");
         }
     }

@@ -159,6 +159,7 @@ class BenchReportTest {
     void shouldRotateEnoughWeightsToBeCold() {
         assertThat(CUDA.weightSets(75e6)).isEqualTo(6);
         assertThat(CUDA.weightSets(2e9)).isEqualTo(1);
+        assertThat(CUDA.weightSets(10)).isEqualTo(BenchOptions.MOST_WEIGHT_SETS);
         BenchOptions hot = new BenchOptions("cuda", 1, true, false, null, 1, ProgressListener.NONE);
         assertThat(hot.weightSets(1)).isEqualTo(1);
     }

@@ -20,9 +20,10 @@ class BenchGpuTest {
     @ValueSource(
             strings = {
                 "experts --preset qwen3-30b-a3b --tokens 1,16 --ranks 8",
-                "experts --experts 8 --top-k 2 --hidden 200 --intermediate 72 --tokens 1,70 --eager",
+                "experts --experts 8 --top-k 2 --hidden 200 --intermediate 72 --tokens 1,70 --eager"
+                        + " --hot",
                 "experts --preset gpt-oss-20b --tokens 3 --hot --routing hot1",
-                "chain --experts 8 --top-k 2 --hidden 200 --intermediate 72 --tokens 5 --ranks 3",
+                "chain --experts 8 --top-k 2 --hidden 200 --intermediate 72 --tokens 5 --ranks 3 --hot",
                 "chain --preset gpt-oss-20b --tokens 2 --hot",
                 "chain --preset qwen1.5-moe-a2.7b --tokens 2 --ranks 2 --hot",
                 "chain --preset qwen1.5-moe-a2.7b --tokens 4 --routing zipf:1.2 --eager",

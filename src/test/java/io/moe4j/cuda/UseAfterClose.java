@@ -1,7 +1,7 @@
 package io.moe4j.cuda;
 
 import static org.assertj.core.api.Assertions.assertThat;
-import static org.assertj.core.api.Assertions.assertThatThrownBy;
+import static org.assertj.core.api.Assertions.catchThrowable;
 
 import io.moe4j.BackendMemory;
 import io.moe4j.BoundStep;
@@ -60,7 +60,7 @@ final class UseAfterClose {
         calls.put("inspection made before", inspection::tokens);
         calls.forEach(
                 (name, call) ->
-                        assertThatThrownBy(call)
+                        assertThat(catchThrowable(call))
                                 .as(name)
                                 .isInstanceOf(IllegalStateException.class)
                                 .hasMessageContaining("closed"));
