@@ -13,27 +13,35 @@ mkdir -p "$out"
 version=$("$nvcc" --version | sed -n 's/.*release [0-9.]*, V\([0-9.]*\).*/\1/p')
 flags="-std=c++17 -O3 -Werror all-warnings"
 log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+trap 'rm -f "$log" "$log".*' EXIT
 
 check() {  # target, log of ptxas -v
     awk -v target="$1" -f "$source/check_ptxas.awk" "$source/kernels.def" "$2" ||
         { echo "kernels: $1 failed the check above" >&2; exit 1; }
 }
 
-# Hopper: machine code, and PTX of the same target for a driver that wants to compile it itself
-"$nvcc" $flags -gencode arch=compute_90a,code=sm_90a -cubin -Xptxas -v \
-    -o "$out/moe4j-sm_90a.cubin" "$source/moe4j.cu" > "$log" 2>&1 || { cat "$log" >&2; exit 1; }
-check sm_90a "$log"
-"$nvcc" $flags -gencode arch=compute_90a,code=compute_90a -ptx \
-    -o "$out/moe4j-compute_90a.ptx" "$source/moe4j.cu"
+# Four compilations at once: the machine code of Hopper takes as long as the others together
+compile() {  # name of the log, options of nvcc
+    name=$1
+    shift
+    if ! "$nvcc" $flags "$@" "$source/moe4j.cu" > "$log.$name" 2>&1; then
+        cat "$log.$name" >&2
+        return 1
+    fi
+}
 
+# Hopper: machine code, and PTX of the same target for a driver that wants to compile it itself
+compile sm_90a -gencode arch=compute_90a,code=sm_90a -cubin -Xptxas -v -o "$out/moe4j-sm_90a.cubin" &
+hopper=$!
 # Everything else from Ampere on: PTX, checked as machine code for sm_80
-"$nvcc" $flags -gencode arch=compute_80,code=compute_80 -ptx \
-    -o "$out/moe4j-compute_80.ptx" "$source/moe4j.cu"
-"$nvcc" $flags -gencode arch=compute_80,code=sm_80 -cubin -Xptxas -v \
-    -o "$log.cubin" "$source/moe4j.cu" > "$log" 2>&1 || { cat "$log" >&2; exit 1; }
-rm -f "$log.cubin"
-check sm_80 "$log"
+compile sm_80 -gencode arch=compute_80,code=sm_80 -cubin -Xptxas -v -o "$log.cubin" &
+ampere=$!
+compile compute_80 -gencode arch=compute_80,code=compute_80 -ptx -o "$out/moe4j-compute_80.ptx"
+compile compute_90a -gencode arch=compute_90a,code=compute_90a -ptx -o "$out/moe4j-compute_90a.ptx"
+wait $ampere
+wait $hopper
+check sm_90a "$log.sm_90a"
+check sm_80 "$log.sm_80"
 
 cp "$source/kernels.def" "$out/kernels.def"
 sha() { sha256sum "$1" | cut -d' ' -f1; }
