@@ -18,6 +18,7 @@
 #include <string>
 #include <vector>
 
+#define MOE_TEST_STUBS
 #include "../../main/cuda/moe4j.cu"
 
 #define CHECK_CUDA(call)                                                                     \
@@ -138,6 +139,8 @@ class Layer {
         CHECK_CUDA(cudaGetDevice(&device));
         CHECK_CUDA(cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device));
         sms = value;
+        CHECK_CUDA(cudaDeviceGetAttribute(&value, cudaDevAttrComputeCapabilityMajor, device));
+        hopper = value == 9;
         fill_params();
         make_weights();
         make_ranks();
@@ -214,6 +217,7 @@ class Layer {
    private:
     Random random;
     int sms;
+    bool hopper;
     cudaGraphExec_t wide, narrow;
     std::vector<void*> allocations;
     std::vector<std::pair<void*, size_t>> poisonable;
@@ -402,6 +406,8 @@ class Layer {
             d.arrivals = alloc<uint32_t>(8, false);
             d.totals = alloc<uint64_t>(4, false);
             d.error = errors + r, d.counters = counters + r;
+            d.partial_sums = alloc<float>(static_cast<int64_t>(moe::kMaxShares) * moe::kPartialFloats, false);
+            d.partial_ready = alloc<uint32_t>(moe::kMaxShares, false);
 
             const int64_t gu = 2ll * Ip * Hp, dn = static_cast<int64_t>(up_to(Hp, 128)) * Ip;
             auto* wgu = alloc<__nv_bfloat16>(gu * L, false);
@@ -432,6 +438,32 @@ class Layer {
         p.locals = dl;
     }
 
+    // One of the three shapes, chosen by the layer's sizes, with programmatic dependence.
+    template <class Grid>
+    void launch_wgmma(const Grid& grid) {
+        struct Shape {
+            void (*gate_up)(StepParams);
+            void (*down)(StepParams);
+            int shared, ctas_per_sm;
+        };
+        const Shape shapes[] = {
+            {moe_gate_up_wgmma, moe_down_wgmma, moe::kWgmmaSharedBytes<moe::ManyRows>, 1},
+            {moe_gate_up_wgmma_few, moe_down_wgmma_few, moe::kWgmmaSharedBytes<moe::FewRows>, 2},
+            {moe_gate_up_wgmma_some, moe_down_wgmma_some, moe::kWgmmaSharedBytes<moe::SomeRows>, 2}};
+        const Shape& shape = shapes[(c.H / 8 + c.E + c.M + c.R) % 3];
+        for (auto* kernel : {shape.gate_up, shape.down}) {
+            CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared));
+            cudaLaunchConfig_t config{};
+            config.gridDim = grid(shape.ctas_per_sm * sms), config.blockDim = dim3(moe::kWgmmaThreads);
+            config.dynamicSmemBytes = shape.shared, config.stream = stream;
+            cudaLaunchAttribute attribute{};
+            attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+            attribute.val.programmaticStreamSerializationAllowed = 1;
+            config.attrs = &attribute, config.numAttrs = 1;
+            CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, p));
+        }
+    }
+
     cudaGraphExec_t capture(bool one_cta) {
         cudaGraph_t graph;
         cudaGraphExec_t exec;
@@ -455,8 +487,13 @@ class Layer {
         moe_dispatch_send<<<grid(rows), 256, 0, stream>>>(p);
         moe_dispatch_recv<<<grid(per_expert), 256, 0, stream>>>(p);
         moe_dispatch_index<<<grid(per_expert), 256, 0, stream>>>(p);
-        moe_gate_up_mma<<<grid(2 * sms), 256, smem, stream>>>(p);
-        moe_down_mma<<<grid(2 * sms), 256, smem, stream>>>(p);
+        // The narrow graph multiplies with mma.sync, the wide one with wgmma where there is one
+        if (one_cta || !hopper) {
+            moe_gate_up_mma<<<grid(2 * sms), 256, smem, stream>>>(p);
+            moe_down_mma<<<grid(2 * sms), 256, smem, stream>>>(p);
+        } else {
+            launch_wgmma(grid);
+        }
         moe_combine_send<<<grid(slots), 256, 0, stream>>>(p);
         if (c.S) {
             moe_shared_gate_up_mma<<<grid(2 * sms), 256, smem, stream>>>(p);

@@ -493,6 +493,7 @@ __device__ __forceinline__ void multiply(const WgmmaShared<Shape>& shared, const
 template <class Shape, bool kCountsAreFinal, class Epilogue>
 __device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& operands, const LocalRank& me,
                                                   const Epilogue& epilogue) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(1024) uint8_t wgmma_rings[];
     WgmmaShared<Shape>& shared =
         *reinterpret_cast<WgmmaShared<Shape>*>(wgmma_rings + kWgmmaRingBytes<Shape>);
@@ -543,6 +544,7 @@ __device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& operands, 
         }
         multiply(shared, rings, me, epilogue);
     }
+#endif
 }
 
 }  // namespace moe

@@ -265,7 +265,9 @@ final class CudaLayer implements MoeLayer {
                         "shared_out",
                         "epoch",
                         "arrivals",
-                        "totals")) {
+                        "totals",
+                        "partial_sums",
+                        "partial_ready")) {
             to.put(buffer, handle.workspace(rank, buffer));
         }
         to.put("error", handle.errorAddress(rank));
@@ -687,7 +689,13 @@ final class CudaLayer implements MoeLayer {
     void poison(byte value) {
         requirePrepared();
         List<String> lasting =
-                List.of("dispatch_flags", "combine_flags", "epoch", "arrivals", "totals");
+                List.of(
+                        "dispatch_flags",
+                        "combine_flags",
+                        "epoch",
+                        "arrivals",
+                        "totals",
+                        "partial_ready");
         try (Scope scope = context.enter()) {
             context.driver().contextSynchronize();
             for (CudaHandle handle : handles) {

@@ -109,10 +109,10 @@ class CudaLayerRecordingTest {
                             "moe_dispatch_send",
                             "moe_dispatch_recv",
                             "moe_dispatch_index",
-                            "moe_shared_gate_up_mma",
-                            "moe_shared_down_mma",
-                            "moe_gate_up_mma",
-                            "moe_down_mma",
+                            "moe_shared_gate_up_wgmma",
+                            "moe_shared_down_wgmma",
+                            "moe_gate_up_wgmma_some",
+                            "moe_down_wgmma_some",
                             "moe_combine_send",
                             "moe_combine_recv"));
             List<String> thrice = new ArrayList<>(flow);
@@ -123,7 +123,7 @@ class CudaLayerRecordingTest {
                     .isEqualTo(thrice);
             assertThat(recording.calls())
                     .extracting(RecordingDriver.Recorded::call)
-                    .containsOnly(Call.CTX_PUSH_CURRENT, Call.CTX_POP_CURRENT, Call.LAUNCH_KERNEL);
+                    .containsOnly(Call.CTX_PUSH_CURRENT, Call.CTX_POP_CURRENT, Call.LAUNCH_KERNEL, Call.LAUNCH_KERNEL_EX);
             assertThat(recording.launches()).allMatch(l -> l.stream() == stream);
         }
     }

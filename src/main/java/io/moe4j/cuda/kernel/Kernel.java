@@ -11,11 +11,23 @@ import io.moe4j.cuda.driver.KernelParams;
  * @param threads threads of a block
  * @param dynamicSharedBytes dynamic shared memory of a block
  * @param gridX blocks; the kernel strides, so any number is correct
+ * @param pdl whether it may start before its predecessor ends; it then waits itself
  */
-public record Kernel(String symbol, long function, int threads, int dynamicSharedBytes, int gridX) {
+public record Kernel(
+        String symbol,
+        long function,
+        int threads,
+        int dynamicSharedBytes,
+        int gridX,
+        boolean pdl) {
     /** Enqueues the kernel; {@code gridY} is the number of local ranks. */
     public void launch(Driver driver, int gridY, long stream, KernelParams params) {
-        driver.launchKernel(
-                function, gridX, gridY, 1, threads, 1, 1, dynamicSharedBytes, stream, params);
+        if (pdl) {
+            driver.launchKernelPdl(
+                    function, gridX, gridY, 1, threads, 1, 1, dynamicSharedBytes, stream, params);
+        } else {
+            driver.launchKernel(
+                    function, gridX, gridY, 1, threads, 1, 1, dynamicSharedBytes, stream, params);
+        }
     }
 }

@@ -45,9 +45,17 @@ public final class KernelCatalog {
      * @param dynamicSharedBytes dynamic shared memory of a block
      * @param grid rule for grid.x, see kernels.def
      * @param stage the stage it belongs to
+     * @param hopperOnly whether only the images for sm_90a have it
+     * @param pdl whether it may start before its predecessor ends
      */
     record KernelDef(
-            String symbol, int threads, int dynamicSharedBytes, String grid, String stage) {}
+            String symbol,
+            int threads,
+            int dynamicSharedBytes,
+            String grid,
+            String stage,
+            boolean hopperOnly,
+            boolean pdl) {}
 
     /**
      * The image for a device of this machine.
@@ -82,7 +90,9 @@ public final class KernelCatalog {
             }
             String file = module.path("file").asText();
             return new KernelCatalog(
-                    file, verified(file, module.path("sha256").asText()), definitions());
+                    file,
+                    verified(file, module.path("sha256").asText()),
+                    definitions(exact && needs == 90));
         }
         throw new BackendUnavailableException(
                 "the GPU has compute capability "
@@ -133,7 +143,7 @@ public final class KernelCatalog {
         }
     }
 
-    private static List<KernelDef> definitions() {
+    private static List<KernelDef> definitions(boolean hopper) {
         List<KernelDef> defs = new ArrayList<>();
         new String(resource("kernels.def"), StandardCharsets.UTF_8)
                 .lines()
@@ -147,8 +157,11 @@ public final class KernelCatalog {
                                             Integer.parseInt(c[2]),
                                             Integer.parseInt(c[3]),
                                             c[4],
-                                            c[5]));
+                                            c[5],
+                                            c[6].equals("sm_90a"),
+                                            c[7].equals("pdl")));
                         });
+        defs.removeIf(def -> def.hopperOnly() && !hopper);
         return List.copyOf(defs);
     }
 

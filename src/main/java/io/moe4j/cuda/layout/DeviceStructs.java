@@ -71,7 +71,9 @@ public final class DeviceStructs {
                     "ptr w_gate_up",
                     "ptr w_down",
                     "ptr bias_gate_up",
-                    "ptr bias_down");
+                    "ptr bias_down",
+                    "ptr partial_sums",
+                    "ptr partial_ready");
 
     /** The one parameter of every kernel of a step. */
     public static final CStruct STEP_PARAMS =
