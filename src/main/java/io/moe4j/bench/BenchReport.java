@@ -1,10 +1,12 @@
 package io.moe4j.bench;
 
 import com.fasterxml.jackson.annotation.JsonIgnoreProperties;
+import com.fasterxml.jackson.annotation.JsonInclude;
 import com.fasterxml.jackson.core.JsonProcessingException;
 import com.fasterxml.jackson.databind.DeserializationFeature;
 import com.fasterxml.jackson.databind.ObjectMapper;
 import com.fasterxml.jackson.databind.SerializationFeature;
+import com.fasterxml.jackson.databind.node.ObjectNode;
 import java.io.IOException;
 import java.nio.file.Files;
 import java.nio.file.Path;
@@ -19,10 +21,16 @@ import java.util.Map;
  * @param command how to repeat it
  * @param seed of weights, hidden states and routing
  * @param rows the measurements
+ * @param peers null, or the peers measured beside it: see {@link PeersFile}
  */
 @JsonIgnoreProperties(ignoreUnknown = true)
+@JsonInclude(JsonInclude.Include.NON_NULL)
 public record BenchReport(
-        Map<String, String> environment, String command, long seed, List<BenchRow> rows) {
+        Map<String, String> environment,
+        String command,
+        long seed,
+        List<BenchRow> rows,
+        PeersRun peers) {
     private static final List<String> CSV_COLUMNS =
             List.of(
                     "bench",
@@ -56,9 +64,18 @@ public record BenchReport(
                     "peer",
                     "peer_us",
                     "faster_than_peer",
+                    "run_peer",
+                    "run_peer_us",
+                    "faster_than_run_peer",
                     "error",
                     "gpu",
                     "commit");
+
+    /** A report without peers of its run. */
+    public BenchReport(
+            Map<String, String> environment, String command, long seed, List<BenchRow> rows) {
+        this(environment, command, seed, rows, null);
+    }
 
     /** Reads a report that {@link #toJson} wrote. */
     public static BenchReport read(Path file) throws IOException {
@@ -77,13 +94,15 @@ public record BenchReport(
         }
     }
 
-    /** For programs, and for --compare. */
+    /** For programs, and for --compare; with peers of the run also the {@link Summary}. */
     public String toJson() {
+        ObjectMapper mapper = new ObjectMapper().enable(SerializationFeature.INDENT_OUTPUT);
+        ObjectNode tree = mapper.valueToTree(this);
+        if (peers != null) {
+            tree.set("summary", mapper.valueToTree(Summary.of(this)));
+        }
         try {
-            return new ObjectMapper()
-                            .enable(SerializationFeature.INDENT_OUTPUT)
-                            .writeValueAsString(this)
-                    + "\n";
+            return mapper.writeValueAsString(tree) + "\n";
         } catch (JsonProcessingException e) {
             throw new IllegalStateException(e);
         }
@@ -125,6 +144,9 @@ public record BenchReport(
                 r.peer(),
                 r.peerUs(),
                 r.fasterThanPeer(),
+                r.runPeer(),
+                r.runPeerUs(),
+                r.fasterThanRunPeer(),
                 r.error(),
                 environment.getOrDefault("gpu", ""),
                 environment.getOrDefault("commit", "")
@@ -166,6 +188,9 @@ public record BenchReport(
                                                 "- checked before timing: worst token off by %.1e"
                                                         + " from float64%n",
                                                 error)));
+        if (peers != null) {
+            describePeers(text);
+        }
         text.append("- seed: ")
                 .append(seed)
                 .append("\n- command: `")
@@ -173,8 +198,9 @@ public record BenchReport(
                 .append("`\n\n");
         text.append("| case | model | EP | T | routing | stage | mode | rows | hit | median µs");
         text.append(" | p20 | p80 | TFLOP/s | GB/s | floor µs | × floor | baseline µs");
-        text.append(" | vs baseline | best peer | vs peer |\n|");
-        text.append("---|".repeat(20)).append('\n');
+        text.append(" | vs baseline | best peer | vs peer |");
+        text.append(peers == null ? "" : " peer of this run | vs it |");
+        text.append("\n|").append("---|".repeat(peers == null ? 20 : 22)).append('\n');
         for (BenchRow r : rows) {
             text.append("| ").append(r.number() == 0 ? "–" : r.number());
             cell(text, r.model());
@@ -196,9 +222,35 @@ public record BenchReport(
             cell(text, ratio(r.fasterThanBaseline()));
             cell(text, r.peer() == null ? "–" : r.peer() + " " + number(r.peerUs()));
             cell(text, ratio(r.fasterThanPeer()));
+            if (peers != null) {
+                cell(text, r.runPeer() == null ? "–" : r.runPeer() + " " + number(r.runPeerUs()));
+                cell(text, ratio(r.fasterThanRunPeer()));
+            }
             text.append(" |\n");
         }
+        if (peers != null) {
+            text.append('\n');
+            Summary.of(this).lines().forEach(line -> text.append(line).append('\n'));
+        }
         return text.toString();
+    }
+
+    private void describePeers(StringBuilder text) {
+        text.append("- peers of this run: torch ").append(peers.torch());
+        text.append(", Triton ").append(peers.triton()).append(", ").append(peers.gpu());
+        text.append(", driver ").append(peers.driver()).append(", ").append(peers.date());
+        text.append('\n');
+        if (peers.denseTflops() != null) {
+            text.append("- dense 8192³ product: ").append(number(peers.denseTflops()));
+            text.append(" TFLOP/s\n");
+        }
+        if (peers.copyGbPerS() != null) {
+            text.append("- copy in device memory: ").append(number(peers.copyGbPerS()));
+            text.append(" GB/s read and written\n");
+        }
+        for (String failure : peers.failures() == null ? List.<String>of() : peers.failures()) {
+            text.append("- peer not measured: ").append(failure).append('\n');
+        }
     }
 
     private static void cell(StringBuilder text, Object value) {

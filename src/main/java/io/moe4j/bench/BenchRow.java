@@ -39,6 +39,10 @@ import java.util.Map;
  * @param fasterThanPeer peer / median
  * @param peersUs all bfloat16 peers
  * @param error largest relative L2 error of the tokens checked before timing
+ * @param runPeer name of the fastest peer measured beside this run, see {@link PeersFile}
+ * @param runPeerUs its median
+ * @param fasterThanRunPeer peer / median
+ * @param runPeersUs all peers measured beside this run
  */
 @JsonInclude(JsonInclude.Include.NON_NULL)
 public record BenchRow(
@@ -74,7 +78,71 @@ public record BenchRow(
         Double peerUs,
         Double fasterThanPeer,
         Map<String, Double> peersUs,
-        Double error) {
+        Double error,
+        String runPeer,
+        Double runPeerUs,
+        Double fasterThanRunPeer,
+        Map<String, Double> runPeersUs) {
+    /** This row beside peers that were measured in the same run, by name; at least one. */
+    BenchRow withRunPeers(Map<String, Double> us) {
+        Map.Entry<String, Double> best =
+                us.entrySet().stream().min(Map.Entry.comparingByValue()).orElseThrow();
+        return new BenchRow(
+                bench,
+                number,
+                model,
+                hidden,
+                intermediate,
+                experts,
+                topK,
+                ep,
+                tokens,
+                routing,
+                stage,
+                backend,
+                mode,
+                cache,
+                weightSets,
+                rows,
+                hitExperts,
+                medianUs,
+                p20Us,
+                p80Us,
+                samples,
+                tflops,
+                gbPerS,
+                floorUs,
+                timesFloor,
+                baseline,
+                baselineUs,
+                fasterThanBaseline,
+                peer,
+                peerUs,
+                fasterThanPeer,
+                peersUs,
+                error,
+                best.getKey(),
+                best.getValue(),
+                best.getValue() / medianUs,
+                us);
+    }
+
+    /** Whether it is one of the {@link Prefill} rows. */
+    boolean isPrefill() {
+        return number >= Prefill.FIRST_NUMBER;
+    }
+
+    /** For sentences: case, model, ranks, tokens. */
+    String label() {
+        return (number == 0 ? "" : "case " + number + " ")
+                + model
+                + " EP"
+                + ep
+                + " T"
+                + tokens
+                + (routing.equals("uniform") ? "" : " " + routing);
+    }
+
     /** What makes two rows measurements of the same thing. */
     public String key() {
         return String.join(

@@ -56,7 +56,11 @@ final class Rows {
                 best == null ? null : best.getValue(),
                 best == null ? null : best.getValue() / us,
                 peers.isEmpty() ? null : peers,
-                error);
+                error,
+                null,
+                null,
+                null,
+                null);
     }
 
     /** Peers of the same stage that compute in bfloat16: their names hold a 16. */

@@ -12,6 +12,8 @@ import io.moe4j.bench.Comparison;
 import io.moe4j.bench.ExpertsBench;
 import io.moe4j.bench.LaunchBench;
 import io.moe4j.bench.Machine;
+import io.moe4j.bench.PeersFile;
+import io.moe4j.bench.Prefill;
 import io.moe4j.bench.RoutingPattern;
 import io.moe4j.model.Activation;
 import io.moe4j.model.ModelPreset;
@@ -298,13 +300,23 @@ final class BenchCommand implements Runnable {
 
         abstract String backend();
 
+        /** What peers.py wrote, or null. */
+        Path peers() {
+            return null;
+        }
+
         @Override
         public Integer call() throws IOException {
             report.requireUsable();
             BenchReport old = report.older == null ? null : BenchReport.read(report.older);
+            PeersFile peers = peers() == null ? null : PeersFile.read(peers());
             List<BenchRow> rows = measure(report);
             Map<String, String> facts = Machine.facts(backend());
-            BenchReport now = new BenchReport(facts, repeat(), report.seed, rows);
+            BenchReport measured = new BenchReport(facts, repeat(), report.seed, rows);
+            if (peers != null) {
+                peers.doubts(measured).forEach(this::note);
+            }
+            BenchReport now = peers == null ? measured : peers.merge(measured);
             out().print(text(now, report.format));
             out().flush();
             if (report.file != null) {
@@ -391,6 +403,25 @@ final class BenchCommand implements Runnable {
                         "jcublas: also time cuBLAS per expert, with counts known on the host.")
         private String baseline;
 
+        @Option(
+                names = "--prefill",
+                description = {
+                    "Also times 4096 tokens of qwen3-30b-a3b and of mixtral-8x7b; without --cases"
+                            + " these alone."
+                })
+        private boolean prefill;
+
+        @Option(
+                names = "--peers",
+                paramLabel = "PEERS.json",
+                description = "Puts the times that bench/peers/peers.py wrote beside ours.")
+        private Path peers;
+
+        @Override
+        Path peers() {
+            return peers;
+        }
+
         private String backend = "cpu";
 
         @Override
@@ -404,7 +435,15 @@ final class BenchCommand implements Runnable {
                 throw new IllegalArgumentException(
                         "--baseline=" + baseline + " is unknown: use jcublas");
             }
-            List<BenchCase> all = cases == null ? generated(report.seed) : CaseFile.read(cases);
+            List<BenchCase> all = new ArrayList<>();
+            if (cases != null) {
+                all.addAll(CaseFile.read(cases));
+            } else if (!prefill) {
+                all.addAll(generated(report.seed));
+            }
+            if (prefill) {
+                all.addAll(Prefill.cases(report.seed));
+            }
             try (ConsoleProgress progress = new ConsoleProgress("experts")) {
                 BenchOptions options = timing.options(report, baseline, progress);
                 backend = options.backend();
@@ -495,9 +534,19 @@ final class BenchCommand implements Runnable {
                 description = "One of ${COMPLETION-CANDIDATES} (default: ${DEFAULT-VALUE}).")
         private Format format;
 
+        @Option(
+                names = "--peers",
+                paramLabel = "PEERS.json",
+                description = "Puts the times that bench/peers/peers.py wrote beside the rows.")
+        private Path peers;
+
         @Override
         public Integer call() throws IOException {
-            out().print(text(BenchReport.read(file), format));
+            BenchReport report = BenchReport.read(file);
+            if (peers != null) {
+                report = PeersFile.read(peers).merge(report);
+            }
+            out().print(text(report, format));
             out().flush();
             return ExitCodes.OK;
         }
