@@ -4,7 +4,9 @@ import io.moe4j.cuda.driver.Driver;
 import java.lang.reflect.InvocationTargetException;
 import java.lang.reflect.Proxy;
 
-/** A driver with a wait for the device planted before its calls of a name, or one that begins so. */
+/**
+ * A driver with a wait for the device planted before its calls of a name, or one that begins so.
+ */
 final class WaitingDriver {
     private WaitingDriver() {}
 
