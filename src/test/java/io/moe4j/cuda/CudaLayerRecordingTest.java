@@ -123,7 +123,11 @@ class CudaLayerRecordingTest {
                     .isEqualTo(thrice);
             assertThat(recording.calls())
                     .extracting(RecordingDriver.Recorded::call)
-                    .containsOnly(Call.CTX_PUSH_CURRENT, Call.CTX_POP_CURRENT, Call.LAUNCH_KERNEL, Call.LAUNCH_KERNEL_EX);
+                    .containsOnly(
+                            Call.CTX_PUSH_CURRENT,
+                            Call.CTX_POP_CURRENT,
+                            Call.LAUNCH_KERNEL,
+                            Call.LAUNCH_KERNEL_EX);
             assertThat(recording.launches()).allMatch(l -> l.stream() == stream);
         }
     }

@@ -53,9 +53,10 @@ class OwnCaptureRecordingTest {
                             Call.CTX_PUSH_CURRENT,
                             Call.CTX_POP_CURRENT,
                             Call.LAUNCH_KERNEL,
+                            Call.LAUNCH_KERNEL_EX,
                             Call.STREAM_BEGIN_CAPTURE,
                             Call.STREAM_END_CAPTURE);
-            assertThat(driver.calls(Call.LAUNCH_KERNEL)).hasSize(NODES);
+            assertThat(driver.launches()).hasSize(NODES);
             driver.clearCalls();
             for (int tokens : new int[] {1, 16, 0, 3}) {
                 OwnCaptureExample.replay(driver, stream, graph, pinned, tokens);

@@ -4,7 +4,9 @@ import io.moe4j.cuda.driver.Driver;
 import java.lang.reflect.InvocationTargetException;
 import java.lang.reflect.Proxy;
 
-/** A driver with a wait for the device planted before one of its calls. */
+/**
+ * A driver with a wait for the device planted before its calls of a name, or one that begins so.
+ */
 final class WaitingDriver {
     private WaitingDriver() {}
 
@@ -14,7 +16,7 @@ final class WaitingDriver {
                         Driver.class.getClassLoader(),
                         new Class<?>[] {Driver.class},
                         (proxy, called, args) -> {
-                            if (called.getName().equals(method)) {
+                            if (called.getName().startsWith(method)) {
                                 driver.contextSynchronize();
                             }
                             try {

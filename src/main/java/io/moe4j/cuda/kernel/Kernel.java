@@ -14,12 +14,7 @@ import io.moe4j.cuda.driver.KernelParams;
  * @param pdl whether it may start before its predecessor ends; it then waits itself
  */
 public record Kernel(
-        String symbol,
-        long function,
-        int threads,
-        int dynamicSharedBytes,
-        int gridX,
-        boolean pdl) {
+        String symbol, long function, int threads, int dynamicSharedBytes, int gridX, boolean pdl) {
     /** Enqueues the kernel; {@code gridY} is the number of local ranks. */
     public void launch(Driver driver, int gridY, long stream, KernelParams params) {
         if (pdl) {

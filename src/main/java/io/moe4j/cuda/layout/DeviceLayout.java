@@ -21,6 +21,7 @@ public final class DeviceLayout {
 
     /** Most groups of a routing rule: what the router's bitmap in shared memory holds. */
     public static final int MAX_GROUPS = 1024;
+
     /** Up to so many average rows of an expert, kernels for few rows run: they cut no tiles. */
     public static final int FEW_ROWS = 8;
 
