@@ -25,8 +25,8 @@ replay   | ok    | -DRANKS=3
 replay   | ok    | -DRANKS=4 -DROUTING=0 -DWHOLE_WIRE
 replay   | wrong | -DRANKS=2 -DNO_RELEASE
 replay   | wrong | -DRANKS=2 -DNO_ACQUIRE
-replay   | wrong | -DRANKS=2 -DNO_COMBINE_WAIT
-replay   | wrong | -DRANKS=2 -DWAIT_ONLY_FOR_ROWS
+replay   | wrong | -DRANKS=2 -DNO_COMBINE_WAIT -DUNCHECKED
+replay   | wrong | -DRANKS=2 -DWAIT_ONLY_FOR_ROWS -DUNCHECKED
 replay   | stuck | -DRANKS=2 -DNO_FLAG_WITHOUT_TOKENS
 replay   | wrong | -DRANKS=2 -DCOMBINE_FLAG_BEFORE_READ
 replay   | wrong | -DRANKS=2 -DONE_FLAG
@@ -44,13 +44,13 @@ recover  | ok    | -DRANKS=3 -DGENERATIONS=1 -DEXPIRIES=1 -DDEATH -DNO_WIRE
 recover  | ok    | -DRANKS=2 -DSPLIT_WIRE
 recover  | ok    | -DRANKS=3 -DNO_WIRE
 recover  | wrong | -DRANKS=2 -DNO_GENERATION
-recover  | wrong | -DRANKS=2 -DEPOCH_KEPT
-recover  | wrong | -DRANKS=2 -DNO_MEETING
+recover  | wrong | -DRANKS=2 -DEPOCH_KEPT -DUNCHECKED
+recover  | wrong | -DRANKS=2 -DNO_MEETING -DUNCHECKED
 recover  | stuck | -DRANKS=2 -DFLAGS_CLEARED
-recover  | wrong | -DRANKS=2 -DNOT_SILENT
+recover  | wrong | -DRANKS=2 -DNOT_SILENT -DUNCHECKED
 recover  | wrong | -DRANKS=2 -DABORT_WITHOUT_GENERATION
 recover  | ok    | -DRANKS=3 -DEVICT -DNO_WIRE
-recover  | wrong | -DRANKS=3 -DEVICT -DNO_WIRE -DWRITE_TO_EVICTED
+recover  | wrong | -DRANKS=3 -DEVICT -DNO_WIRE -DWRITE_TO_EVICTED -DUNCHECKED
 recover  | ok    | -DRANKS=2 -DREPLACE -DSPLIT_WIRE
 recover  | stuck | -DRANKS=2 -DREPLACE -DSPLIT_WIRE -DREUSED_SLOTS
 embedded | ok    | -DRANKS=2
@@ -82,7 +82,7 @@ check() {
     elif grep -q 'assertion violated' "$work/said"; then
         echo "wrong"
     elif grep -Eq 'max search depth too small|reached -DMEMLIM|out of memory' "$work/said"; then
-        echo "unfinished"
+        echo "too large"
     elif grep -q 'errors: 0' "$work/said"; then
         echo "ok"
     else

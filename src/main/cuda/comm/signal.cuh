@@ -85,19 +85,25 @@ __device__ __forceinline__ bool wait_for_all_peers(const uint64_t* flags, uint64
     return __syncthreads_and(arrived);
 }
 
-// True in the CTA of this rank (blockIdx.y) that arrives last, with the writes of all others
-// ordered before what it does next. The counter is zero again afterwards.
+// CTAs of this rank that have an item, at least one. The others leave at once: arriving costs an
+// atomic on one address each, and grids are sized for the largest step.
+__device__ __forceinline__ uint32_t ctas_with_items(int64_t items) {
+    return static_cast<uint32_t>(items < 1 ? 1 : (items < gridDim.x ? items : gridDim.x));
+}
+
+// True in the CTA of this rank (blockIdx.y) that arrives last of the first `arriving` CTAs, with the
+// writes of all others ordered before what it does next. The counter is zero again afterwards.
 //
 // Each CTA: writes -> barrier -> fence.sys by thread 0 -> atomic add. Fences are cumulative, so
 // thread 0's fence covers what the barrier ordered before it, at system scope as peers need it. The
 // last adder reads the other adds, fences, and its barrier passes the order to all its threads; a
 // release store by any of them then carries every CTA's writes.
-__device__ __forceinline__ bool arrive_is_last(uint32_t* counter) {
+__device__ __forceinline__ bool arrive_is_last(uint32_t* counter, uint32_t arriving) {
     __shared__ bool last;
     __syncthreads();
     if (threadIdx.x == 0) {
         ptx::fence_acq_rel_sys();
-        last = atomicAdd(counter, 1u) == gridDim.x - 1;
+        last = atomicAdd(counter, 1u) == arriving - 1;
         ptx::fence_acq_rel_sys();
         if (last) {
             *counter = 0;

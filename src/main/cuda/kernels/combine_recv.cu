@@ -101,13 +101,17 @@ void moe_combine_recv(const __grid_constant__ moe::StepParams p) {
     __shared__ double warp_sums[kOutThreads / 32];
     const LocalRank& me = p.locals[blockIdx.y];
     const Symmetric mine = symmetric_of(p, me.rank);
+    const int chunks = row_chunks(p);
+    const int64_t items = static_cast<int64_t>(*me.home_tokens) * chunks;
+    const uint32_t arriving = ctas_with_items(items);
+    if (blockIdx.x >= arriving) {
+        return;
+    }
 
     if (wait_for_all_peers(mine.combine_flags(), *me.epoch, p, me, kOpCombineRecv)) {
         const bool in_vectors = rows_are_vectors(me.hidden, p.hidden, p.hidden_dtype);
         const bool out_vectors = rows_are_vectors(me.out, p.hidden, p.out_dtype);
         const bool gated = me.shared_out != nullptr && p.shared_gate != nullptr;
-        const int chunks = row_chunks(p);
-        const int64_t items = static_cast<int64_t>(*me.home_tokens) * chunks;
         for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
             const int token = static_cast<int>(item / chunks);
             const int column = static_cast<int>(item % chunks) * kRowChunk + threadIdx.x * 8;
@@ -118,7 +122,7 @@ void moe_combine_recv(const __grid_constant__ moe::StepParams p) {
         }
     }
 
-    if (arrive_is_last(me.arrivals + kCombineDone) && threadIdx.x == 0 && !has_fault(me)) {
+    if (arrive_is_last(me.arrivals + kCombineDone, arriving) && threadIdx.x == 0 && !has_fault(me)) {
         publish_step(me);
     }
 }

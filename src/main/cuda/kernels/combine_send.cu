@@ -68,15 +68,22 @@ void moe_combine_send(const __grid_constant__ moe::StepParams p) {
     using namespace moe;
     __shared__ int32_t first[kMaxRanks + 1];
     const LocalRank& me = p.locals[blockIdx.y];
-    const bool silent = has_fault(me);
+    const bool silent = has_fault(me);  // why the same in all CTAs: only receivers claim a fault
+    const int chunks = row_chunks(p);
+    // why packed rows, not received tokens: a CTA that does not arrive may start after the flag is
+    // out, when a peer may already write recv_tokens of the next step; this count is local
+    const int64_t packed_rows = silent ? 0 : me.expert_offsets[p.experts_per_rank];
+    const uint32_t arriving = ctas_with_items(packed_rows * chunks);
+    if (blockIdx.x >= arriving) {
+        return;
+    }
 
     if (!silent) {
         const Symmetric mine = symmetric_of(p, me.rank);
         number_received_tokens(first, mine);
-        const int chunks = row_chunks(p);
         const int64_t items = static_cast<int64_t>(first[p.num_ranks]) * chunks;
         ReceivedTokens received{first};
-        for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+        for (int64_t item = blockIdx.x; item < items; item += arriving) {
             const int token = received.locate(static_cast<int>(item / chunks));
             const int column = static_cast<int>(item % chunks) * kRowChunk + threadIdx.x * 8;
             if (column < p.hidden_pad) {
@@ -85,7 +92,7 @@ void moe_combine_send(const __grid_constant__ moe::StepParams p) {
         }
     }
 
-    if (arrive_is_last(me.arrivals + kCombineSent) && threadIdx.x < p.num_ranks) {
+    if (arrive_is_last(me.arrivals + kCombineSent, arriving) && threadIdx.x < p.num_ranks) {
         const Symmetric to = symmetric_of(p, threadIdx.x);
         ptx::store_release_sys(to.combine_flags() + me.rank, silent ? kAbortEpoch : *me.epoch);
     }

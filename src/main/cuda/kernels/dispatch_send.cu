@@ -52,11 +52,15 @@ void moe_dispatch_send(const __grid_constant__ moe::StepParams p) {
     const LocalRank& me = p.locals[blockIdx.y];
     const bool silent = has_fault(me);
     const int num_tokens = *me.home_tokens;
+    const int chunks = row_chunks(p);
+    const int64_t items = static_cast<int64_t>(num_tokens) * chunks;
+    const uint32_t arriving = ctas_with_items(items);
+    if (blockIdx.x >= arriving) {
+        return;
+    }
 
     if (!silent) {
         const bool vectors = rows_are_vectors(me.hidden, p.hidden, p.hidden_dtype);
-        const int chunks = row_chunks(p);
-        const int64_t items = static_cast<int64_t>(num_tokens) * chunks;
         for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
             const int token = static_cast<int>(item / chunks);
             const int chunk = static_cast<int>(item % chunks);
@@ -68,7 +72,7 @@ void moe_dispatch_send(const __grid_constant__ moe::StepParams p) {
     }
 
     // Every rank gets the flag in every step, also with no tokens
-    if (arrive_is_last(me.arrivals + kDispatchSent) && threadIdx.x < p.num_ranks) {
+    if (arrive_is_last(me.arrivals + kDispatchSent, arriving) && threadIdx.x < p.num_ranks) {
         const Symmetric to = symmetric_of(p, threadIdx.x);
         if (!silent) {
             to.recv_tokens()[me.rank] = num_tokens;

@@ -23,6 +23,18 @@ public interface BackendProvider {
     MoeLayer open(MoeConfig config, String reason);
 
     /**
+     * As {@link #open}, with every driver call of a step checked by the host-sync checker.
+     *
+     * @throws IllegalArgumentException if the backend has no device a step could wait for
+     */
+    default HostSyncCheckedLayer openHostSyncChecked(MoeConfig config, String reason) {
+        throw new IllegalArgumentException(
+                "the "
+                        + name()
+                        + " backend has no device to wait for: host syncs are checked on cuda only");
+    }
+
+    /**
      * Whether a backend can run here.
      *
      * @param usable true if it can

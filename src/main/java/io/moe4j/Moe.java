@@ -24,13 +24,32 @@ public final class Moe {
      *     says what is missing
      */
     public static MoeLayer open(MoeConfig config) {
+        Choice choice = chooseFor(config);
+        return choice.provider().open(config, choice.reason());
+    }
+
+    /**
+     * Opens a layer that notes every driver call a step must not make (see {@link
+     * HostSyncCheckedLayer}). For tests and tools; a step costs more on the host.
+     *
+     * @param config with weights
+     * @throws IllegalArgumentException if the configuration has no weights, or the backend has no
+     *     device a step could wait for
+     * @throws BackendUnavailableException if the backend asked for cannot run here
+     */
+    public static HostSyncCheckedLayer openHostSyncChecked(MoeConfig config) {
+        Choice choice = chooseFor(config);
+        return choice.provider().openHostSyncChecked(config, choice.reason());
+    }
+
+    private static Choice chooseFor(MoeConfig config) {
         if (config.weights() == null) {
             throw new IllegalArgumentException(
                     "weights are missing: set weights(...), from a checkpoint or RandomWeights");
         }
         Choice choice = choose(config.backend());
         LOG.log(System.Logger.Level.INFO, choice.reason());
-        return choice.provider().open(config, choice.reason());
+        return choice;
     }
 
     /**

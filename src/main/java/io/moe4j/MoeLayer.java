@@ -99,8 +99,9 @@ public interface MoeLayer extends AutoCloseable {
     void synchronize(long stream);
 
     /**
-     * Debug: copies the routing the last step used, after sanitising, in the order the layer sums
-     * it. Waits for the device; not for use in a step.
+     * Debug: copies the routing the last step of handle 0 used, after sanitising, in the order the
+     * layer sums it. Waits for the device; not for use in a step. {@link #inspect} reads any
+     * handle.
      *
      * @param rank local rank
      * @param ids destination, [M, K]; −1 for an id that was dropped; rows from T on stay untouched
@@ -108,11 +109,23 @@ public interface MoeLayer extends AutoCloseable {
      */
     void readRouting(int rank, int[] ids, float[] weights);
 
+    /**
+     * Debug: host copies of one rank's stage outputs. Waits for the device; not for use in a step.
+     *
+     * @param handle 0 to {@code config().handles() − 1}
+     * @param rank local rank
+     * @throws IllegalArgumentException if there is no such handle or rank
+     * @throws IllegalStateException before prepare or after close, also from the methods of what is
+     *     returned
+     */
+    StepInspection inspect(int handle, int rank);
+
     /** Counts of tolerated input; reads host memory only, never waits for a device. */
     SoftCounters counters();
 
     /**
-     * Throws if a step failed since the last call. Reads host memory only; it is not a sync.
+     * Throws if a step failed. A fault stays: every later call throws too, until the layer is
+     * closed and opened again. Reads host memory only; it is not a sync.
      *
      * @throws MoeFaultException naming the operation, the rank and the epoch
      */

@@ -1,5 +1,8 @@
 package io.moe4j;
 
+import static com.tngtech.archunit.base.DescribedPredicate.not;
+import static com.tngtech.archunit.core.domain.JavaClass.Predicates.belongToAnyOf;
+import static com.tngtech.archunit.core.domain.JavaClass.Predicates.resideInAPackage;
 import static com.tngtech.archunit.lang.syntax.ArchRuleDefinition.noClasses;
 import static com.tngtech.archunit.library.dependencies.SlicesRuleDefinition.slices;
 
@@ -7,10 +10,12 @@ import com.tngtech.archunit.core.importer.ImportOption;
 import com.tngtech.archunit.junit.AnalyzeClasses;
 import com.tngtech.archunit.junit.ArchTest;
 import com.tngtech.archunit.lang.ArchRule;
+import io.moe4j.cuda.CudaProbe;
 
 /**
- * The package arrows run one way: cli → checker → {root, weights}; cpu, cuda → root; weights → root
- * → model → tensor. Backends are found by ServiceLoader, so nobody depends on them.
+ * The package arrows run one way: cli → bench → checker → {root, weights}; cpu, cuda → root;
+ * weights → root → model → tensor. Backends are found by ServiceLoader, so nobody depends on them,
+ * but for benchmarks, which know the probe of the CUDA backend.
  */
 @AnalyzeClasses(packages = "io.moe4j", importOptions = ImportOption.DoNotIncludeTests.class)
 class ArchitectureTest {
@@ -32,6 +37,7 @@ class ArchitectureTest {
                             "io.moe4j.cpu..",
                             "io.moe4j.cuda..",
                             "io.moe4j.checker..",
+                            "io.moe4j.bench..",
                             "io.moe4j.cli..");
 
     @ArchTest
@@ -47,6 +53,7 @@ class ArchitectureTest {
                             "io.moe4j.cpu..",
                             "io.moe4j.cuda..",
                             "io.moe4j.checker..",
+                            "io.moe4j.bench..",
                             "io.moe4j.cli..");
 
     @ArchTest
@@ -61,6 +68,7 @@ class ArchitectureTest {
                             "io.moe4j.cpu..",
                             "io.moe4j.cuda..",
                             "io.moe4j.checker..",
+                            "io.moe4j.bench..",
                             "io.moe4j.cli..");
 
     @ArchTest
@@ -80,7 +88,47 @@ class ArchitectureTest {
                     .should()
                     .dependOnClassesThat()
                     .resideInAnyPackage(
-                            "io.moe4j.weights..", "io.moe4j.checker..", "io.moe4j.cli..");
+                            "io.moe4j.weights..",
+                            "io.moe4j.checker..",
+                            "io.moe4j.bench..",
+                            "io.moe4j.cli..");
+
+    @ArchTest
+    static final ArchRule nobodyButBenchmarksDependsOnTheCudaBackend =
+            noClasses()
+                    .that()
+                    .resideOutsideOfPackages("io.moe4j.cuda..", "io.moe4j.bench")
+                    .should()
+                    .dependOnClassesThat()
+                    .resideInAPackage("io.moe4j.cuda..");
+
+    @ArchTest
+    static final ArchRule benchmarksKnowOnlyTheProbeOfTheCudaBackend =
+            noClasses()
+                    .that()
+                    .resideInAPackage("io.moe4j.bench")
+                    .should()
+                    .dependOnClassesThat(
+                            resideInAPackage("io.moe4j.cuda..")
+                                    .and(not(belongToAnyOf(CudaProbe.class))));
+
+    @ArchTest
+    static final ArchRule benchmarksAreUsedByTheCommandLineAlone =
+            noClasses()
+                    .that()
+                    .resideOutsideOfPackages("io.moe4j.bench", "io.moe4j.cli")
+                    .should()
+                    .dependOnClassesThat()
+                    .resideInAPackage("io.moe4j.bench");
+
+    @ArchTest
+    static final ArchRule benchmarksKnowNoCommandLine =
+            noClasses()
+                    .that()
+                    .resideInAPackage("io.moe4j.bench")
+                    .should()
+                    .dependOnClassesThat()
+                    .resideInAnyPackage("io.moe4j.cli..", "io.moe4j.cpu..", "picocli..");
 
     @ArchTest
     static final ArchRule onlyTheCudaBackendUsesJCudaAndJna =
@@ -101,4 +149,17 @@ class ArchitectureTest {
                     .dependOnClassesThat()
                     .resideInAnyPackage(
                             "com.fasterxml..", "picocli..", "me.tongfei..", "jcuda..", "com.sun..");
+
+    @ArchTest
+    static final ArchRule aLayerCarriesNoTraceOfDebugging =
+            noClasses()
+                    .that()
+                    .haveNameMatching(
+                            "io\\.moe4j\\.(cuda\\.Cuda(Layer|Step|Graph|Handle)"
+                                    + "|cuda\\.kernel\\..*|cpu\\.Cpu(?!Inspection).*)(\\$.*)?")
+                    .should()
+                    .dependOnClassesThat()
+                    .haveNameMatching(
+                            ".*\\.(CheckedDriver|CheckedCudaLayer|HostSyncCheckedLayer"
+                                    + "|StageChecker)(\\$.*)?");
 }

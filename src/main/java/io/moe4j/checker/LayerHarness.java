@@ -50,7 +50,12 @@ public final class LayerHarness implements AutoCloseable {
      * @param progress hears about weights being packed
      */
     public static LayerHarness open(MoeConfig config, ProgressListener progress) {
-        MoeLayer layer = Moe.open(config.toBuilder().routingInput(RoutingInput.HIDDEN).build());
+        return over(
+                Moe.open(config.toBuilder().routingInput(RoutingInput.HIDDEN).build()), progress);
+    }
+
+    /** Prepares a layer that routes by its own router, and takes it over. */
+    public static LayerHarness over(MoeLayer layer, ProgressListener progress) {
         try {
             layer.prepare(progress);
             return new LayerHarness(layer);

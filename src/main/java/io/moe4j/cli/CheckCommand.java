@@ -103,6 +103,23 @@ final class CheckCommand extends BaseCommand {
             })
     private Double tolerance;
 
+    @Option(
+            names = "--debug-sync",
+            description = {
+                "Also run every case phase by phase, wait after each, compare all that it wrote with"
+                        + " the CPU backend and name the first stage that differs. Needs the"
+                        + " weights in the heap as well."
+            })
+    private boolean debugSync;
+
+    @Option(
+            names = "--host-sync",
+            description = {
+                "Also run every case with the host-sync checker: names driver calls inside a step"
+                        + " that may wait, allocate or copy pageable memory (cuda only)."
+            })
+    private boolean hostSync;
+
     @Option(names = "--json", description = "Print JSON.")
     private boolean json;
 
@@ -113,16 +130,20 @@ final class CheckCommand extends BaseCommand {
         try (Checkpoint checkpoint = Checkpoint.open(LayerSource.folder(folder))) {
             Map<Integer, List<ReferenceCase>> cases =
                     usesGolden() ? goldenCases(checkpoint) : oracleCases(checkpoint);
+            List<DebugRun.Case> debugged = debug(checkpoint, cases);
             CheckReport report = run(checkpoint, cases);
             if (json) {
-                out().println(report.toJson());
+                out().println(DebugRun.addTo(report.toJson(), debugged));
             } else {
                 out().printf("%s%n%s%n%n", folder, choice.reason());
                 out().print(report.table());
+                DebugRun.print(out(), debugged);
                 out().printf("%n%s%n", report.verdict());
+                DebugRun.printVerdict(out(), debugged);
             }
             out().flush();
-            return report.pass() ? ExitCodes.OK : ExitCodes.MISMATCH;
+            boolean pass = report.pass() && debugged.stream().allMatch(DebugRun.Case::pass);
+            return pass ? ExitCodes.OK : ExitCodes.MISMATCH;
         }
     }
 
@@ -183,6 +204,42 @@ final class CheckCommand extends BaseCommand {
         return cases;
     }
 
+    private List<DebugRun.Case> debug(
+            Checkpoint checkpoint, Map<Integer, List<ReferenceCase>> cases) {
+        List<DebugRun.Case> results = new ArrayList<>();
+        if (!debugSync && !hostSync) {
+            return results;
+        }
+        DebugRun run =
+                new DebugRun(
+                        tolerance == null ? OptionalDouble.empty() : OptionalDouble.of(tolerance),
+                        this::repeat);
+        try (ConsoleProgress progress = new ConsoleProgress("debugging")) {
+            int part = 0;
+            int parts = 2 * cases.size() * ranks.size();
+            for (Map.Entry<Integer, List<ReferenceCase>> entry : cases.entrySet()) {
+                MoeConfig config =
+                        checkpoint
+                                .layer(entry.getKey())
+                                .config()
+                                .backend(backend.toString())
+                                .build();
+                for (int count : ranks) {
+                    if (hostSync) {
+                        ProgressListener packing = progress.part(part, parts);
+                        results.addAll(run.hostSync(config, entry.getValue(), count, packing));
+                    }
+                    if (debugSync) {
+                        ProgressListener packing = progress.part(part + 1, parts);
+                        results.addAll(run.stages(config, entry.getValue(), count, packing));
+                    }
+                    part += 2;
+                }
+            }
+        }
+        return results;
+    }
+
     private CheckReport run(Checkpoint checkpoint, Map<Integer, List<ReferenceCase>> cases) {
         Checker checker =
                 new Checker(
@@ -223,6 +280,12 @@ final class CheckCommand extends BaseCommand {
         command.append(" --backend ").append(backendName);
         if (tolerance != null) {
             command.append(" --tolerance ").append(tolerance);
+        }
+        if (debugSync) {
+            command.append(" --debug-sync");
+        }
+        if (hostSync) {
+            command.append(" --host-sync");
         }
         return command.toString();
     }

@@ -36,6 +36,7 @@ final class CheckpointDemo {
     private final Integer tokens;
     private final int steps;
     private final BackendName backend;
+    private final boolean debugSync;
 
     CheckpointDemo(
             PrintWriter out,
@@ -43,13 +44,15 @@ final class CheckpointDemo {
             int ranks,
             Integer tokens,
             int steps,
-            BackendName backend) {
+            BackendName backend,
+            boolean debugSync) {
         this.out = out;
         this.folder = folder;
         this.ranks = ranks;
         this.tokens = tokens;
         this.steps = steps;
         this.backend = backend;
+        this.debugSync = debugSync;
     }
 
     int run() {
@@ -74,7 +77,7 @@ final class CheckpointDemo {
     /** The recorded case with the most tokens (or T tokens); computed if nothing is recorded. */
     private ReferenceCase reference(Checkpoint checkpoint) {
         Path beside = folder.resolve("golden.safetensors");
-        int layer = LayerSource.firstMoeLayer(checkpoint);
+        int layer = LayerSource.firstMoeLayer(checkpoint, folder);
         MoeConfig config = checkpoint.layer(layer).config().build();
         if (Files.exists(beside)) {
             try (GoldenFile golden = GoldenFile.open(beside)) {
@@ -201,19 +204,29 @@ final class CheckpointDemo {
                 "5 compare   with the %s output, token by token%n%n",
                 reference.source().equals("golden") ? "recorded float64" : "computed float64");
         out.print(report.table());
+        List<DebugRun.Case> debugged =
+                debugSync
+                        ? new DebugRun(OptionalDouble.empty(), this::repeat)
+                                .stages(config, List.of(reference), ranks, ProgressListener.NONE)
+                        : List.of();
+        DebugRun.print(out, debugged);
         out.printf("%n%s%n", report.verdict());
+        DebugRun.printVerdict(out, debugged);
         out.flush();
-        return report.pass() ? ExitCodes.OK : ExitCodes.MISMATCH;
+        return report.pass() && debugged.stream().allMatch(DebugRun.Case::pass)
+                ? ExitCodes.OK
+                : ExitCodes.MISMATCH;
     }
 
     private String repeat(ReferenceCase reference, int rankCount, String backendName) {
         return String.format(
-                "%s demo --checkpoint %s --ranks %d --tokens %d --backend %s",
+                "%s demo --checkpoint %s --ranks %d --tokens %d --backend %s%s",
                 LayerSource.shellQuote(BaseCommand.toolName()),
                 LayerSource.shellQuote(folder.toString()),
                 rankCount,
                 reference.tokens(),
-                backendName);
+                backendName,
+                debugSync ? " --debug-sync" : "");
     }
 
     private static String describe(RoutingRule rule) {

@@ -52,6 +52,13 @@ final class DemoCommand extends BaseCommand {
             description = "One of ${COMPLETION-CANDIDATES} (default: ${DEFAULT-VALUE}).")
     private BackendName backend;
 
+    @Option(
+            names = "--debug-sync",
+            description = {
+                "Also compare every stage with the CPU backend and name the first that differs."
+            })
+    private boolean debugSync;
+
     @Override
     public Integer call() {
         requirePositive("--tokens", tokens);
@@ -60,7 +67,8 @@ final class DemoCommand extends BaseCommand {
         if (preset == null) {
             Path folder = checkpoint == null ? ownCheckpoint() : checkpoint;
             int rankCount = ranks == null ? 4 : ranks;
-            return new CheckpointDemo(out(), folder, rankCount, tokens, steps, backend).run();
+            return new CheckpointDemo(out(), folder, rankCount, tokens, steps, backend, debugSync)
+                    .run();
         }
         if (checkpoint != null) {
             throw new IllegalArgumentException("--preset and --checkpoint exclude each other");
@@ -71,7 +79,8 @@ final class DemoCommand extends BaseCommand {
                         ranks == null ? 1 : ranks,
                         tokens == null ? 16 : tokens,
                         steps,
-                        backend)
+                        backend,
+                        debugSync)
                 .run();
     }
 

@@ -43,14 +43,22 @@ final class LayerSource {
         return checkpoint;
     }
 
-    /** The number of the first Mixture-of-Experts layer. */
-    static int firstMoeLayer(Checkpoint checkpoint) {
+    /**
+     * The number of the first Mixture-of-Experts layer.
+     *
+     * @param folder where the checkpoint is, for the message
+     */
+    static int firstMoeLayer(Checkpoint checkpoint, Path folder) {
         return checkpoint.moeLayers().stream()
                 .findFirst()
                 .orElseThrow(
                         () ->
                                 new IllegalArgumentException(
-                                        checkpoint + " has no Mixture-of-Experts layer"));
+                                        folder
+                                                + " ("
+                                                + checkpoint.modelType()
+                                                + ") has no Mixture-of-Experts layer: choose the"
+                                                + " checkpoint of an MoE model"));
     }
 
     /** A word for a shell: quoted if it has to be. */

@@ -26,6 +26,7 @@ import picocli.CommandLine.ScopeType;
             DemoCommand.class,
             CheckCommand.class,
             PlanCommand.class,
+            BenchCommand.class,
             InfoCommand.class,
             CommandLine.HelpCommand.class
         },

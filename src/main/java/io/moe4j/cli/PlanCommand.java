@@ -87,7 +87,10 @@ final class PlanCommand extends BaseCommand {
             return plan(LayerSource.configOf(LayerSource.preset(source.preset), 0));
         }
         try (Checkpoint checkpoint = Checkpoint.open(LayerSource.folder(source.checkpoint))) {
-            int number = layer == null ? LayerSource.firstMoeLayer(checkpoint) : layer;
+            int number =
+                    layer == null
+                            ? LayerSource.firstMoeLayer(checkpoint, source.checkpoint)
+                            : layer;
             return plan(checkpoint.layer(number).config());
         }
     }

@@ -9,6 +9,9 @@ import io.moe4j.checker.LayerHarness;
 import io.moe4j.checker.ReferenceCase;
 import io.moe4j.checker.Routing;
 import io.moe4j.checker.RoutingMismatch;
+import io.moe4j.checker.StageChecker;
+import io.moe4j.checker.StageReport;
+import io.moe4j.checker.StepInput;
 import io.moe4j.checker.TokenErrors;
 import io.moe4j.model.ModelPreset;
 import io.moe4j.model.MoeShape;
@@ -30,6 +33,7 @@ final class PresetDemo {
     private final int tokens;
     private final int steps;
     private final BackendName backend;
+    private final boolean debugSync;
 
     PresetDemo(
             PrintWriter out,
@@ -37,13 +41,15 @@ final class PresetDemo {
             int ranks,
             int tokens,
             int steps,
-            BackendName backend) {
+            BackendName backend,
+            boolean debugSync) {
         this.out = out;
         this.preset = preset;
         this.ranks = ranks;
         this.tokens = tokens;
         this.steps = steps;
         this.backend = backend;
+        this.debugSync = debugSync;
     }
 
     int run() {
@@ -68,7 +74,9 @@ final class PresetDemo {
             printTiming(StepTimer.medianMs(harness, steps));
             output = harness.collect();
         }
-        return verify(config, hidden, output);
+        boolean stagesAgree = !debugSync || compareStages(config, hidden);
+        int verified = verify(config, hidden, output);
+        return stagesAgree ? verified : ExitCodes.MISMATCH;
     }
 
     private static LayerHarness open(MoeConfig config) {
@@ -78,11 +86,13 @@ final class PresetDemo {
     }
 
     /** Refuses before anything is allocated if the heap cannot hold what the demo needs. */
-    private static void requireHeap(MoeConfig config, MemoryPlan plan) {
+    private void requireHeap(MoeConfig config, MemoryPlan plan) {
         Runtime runtime = Runtime.getRuntime();
         long available = runtime.maxMemory() - (runtime.totalMemory() - runtime.freeMemory());
         long decoding = (config.threads() + 1L) * 4 * config.shape().expertElements();
-        long onHeap = config.backend().equals("cpu") ? plan.totalBytes() : 0;
+        long twin =
+                debugSync ? Moe.plan(config.toBuilder().backend("cpu").build()).totalBytes() : 0;
+        long onHeap = twin + (config.backend().equals("cpu") ? plan.totalBytes() : 0);
         long needed = onHeap + onHeap / 10 + decoding + SPARE_BYTES;
         if (needed > available) {
             throw new IllegalArgumentException(
@@ -115,6 +125,17 @@ final class PresetDemo {
                 tokens / medianMs * 1e3,
                 flop / medianMs / 1e6);
         out.flush();
+    }
+
+    private boolean compareStages(MoeConfig config, float[] hidden) {
+        try (ConsoleProgress progress = new ConsoleProgress("packing weights twice");
+                StageChecker checker =
+                        StageChecker.open(config, OptionalDouble.empty(), progress)) {
+            StageReport report = checker.check(StepInput.spread(hidden, tokens, ranks));
+            out.printf("stages      against the cpu backend: %s%n", report);
+            out.flush();
+            return report.pass();
+        }
     }
 
     private int verify(MoeConfig config, float[] hidden, LayerHarness.Output output) {

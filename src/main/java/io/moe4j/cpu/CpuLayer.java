@@ -12,6 +12,7 @@ import io.moe4j.Phase;
 import io.moe4j.ProgressListener;
 import io.moe4j.RoutingInput;
 import io.moe4j.SoftCounters;
+import io.moe4j.StepInspection;
 import io.moe4j.StepTensors;
 import io.moe4j.model.ExpertWeights;
 import io.moe4j.model.LayerWeights;
@@ -437,6 +438,37 @@ final class CpuLayer implements MoeLayer {
         int count = from.tokens * config.shape().topK();
         System.arraycopy(from.topkIds, 0, ids, 0, count);
         System.arraycopy(from.topkWeights, 0, weights, 0, count);
+    }
+
+    @Override
+    public StepInspection inspect(int handle, int rank) {
+        requirePrepared();
+        if (handle < 0 || handle >= config.handles() || rank < 0 || rank >= config.ranks()) {
+            throw new IllegalArgumentException(
+                    "there is no handle "
+                            + handle
+                            + " with rank "
+                            + rank
+                            + ": the layer has handles="
+                            + config.handles()
+                            + " and ranks="
+                            + config.ranks());
+        }
+        return new CpuInspection(
+                config,
+                () -> requirePrepared().handles[handle].ranks[rank],
+                (to, firstRow, count) -> activatedRows(to, handle, rank, firstRow, count));
+    }
+
+    /** Computed anew, because all ranks share the buffer a step writes. */
+    private void activatedRows(float[] to, int handle, int rank, int firstRow, int count) {
+        stepLock.lock();
+        try {
+            State s = requirePrepared();
+            s.gemm.gateUpRows(to, s.handles[handle].ranks[rank], s.experts[rank], firstRow, count);
+        } finally {
+            stepLock.unlock();
+        }
     }
 
     @Override

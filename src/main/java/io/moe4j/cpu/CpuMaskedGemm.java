@@ -53,6 +53,26 @@ final class CpuMaskedGemm {
                 });
     }
 
+    /** Debug: the rows that {@link #gateUp} makes, bit for bit, from {@code firstRow} on. */
+    void gateUpRows(float[] to, CpuRank rank, CpuExpert[] experts, int firstRow, int count) {
+        workers.forEach(
+                count,
+                i -> {
+                    int row = firstRow + i;
+                    int expert = 0;
+                    while (row >= rank.expertOffsets[expert + 1]) {
+                        expert++;
+                    }
+                    int slot = rank.expertRows[row];
+                    Scratch s = scratch.get();
+                    s.source(0, rank.recvRows[slot / maxTokens], slot % maxTokens * hidden);
+                    s.target(0, to, i * intermediate);
+                    for (int tile = 0; tile < experts[expert].gate().tileCount(); tile++) {
+                        gateUpTile(s, 1, experts[expert], tile);
+                    }
+                });
+    }
+
     /** out[row] = down · activated[row] (+ bias). */
     void down(CpuRank rank, RowBuffer activated, CpuExpert[] experts) {
         int tiles = experts.length == 0 ? 0 : experts[0].down().tileCount();

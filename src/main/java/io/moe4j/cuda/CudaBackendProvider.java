@@ -2,21 +2,27 @@ package io.moe4j.cuda;
 
 import io.moe4j.BackendProvider;
 import io.moe4j.BackendUnavailableException;
+import io.moe4j.HostSyncCheckedLayer;
 import io.moe4j.MemoryPlan;
 import io.moe4j.MoeConfig;
 import io.moe4j.MoeLayer;
+import io.moe4j.cuda.driver.CheckedDriver;
 import io.moe4j.cuda.driver.Context;
+import io.moe4j.cuda.driver.CudaException;
 import io.moe4j.cuda.driver.Driver;
 import io.moe4j.cuda.driver.Drivers;
 import io.moe4j.cuda.kernel.KernelCatalog;
 import io.moe4j.cuda.layout.DeviceLayout;
+import io.moe4j.cuda.oracle.LibraryBridge;
 import java.util.ArrayList;
 import java.util.List;
 
 /**
  * Offers the CUDA backend. Usable where the driver can be loaded, a device of compute capability
  * 8.0 or newer is there, and this build has a kernel image for it; otherwise it says what is
- * missing. Uses device 0, or the one named by the system property {@code moe4j.cuda.device}.
+ * missing. Uses device 0, or the one named by the system property {@code moe4j.cuda.device}. With
+ * {@code moe4j.cuda.checked=true} every layer refuses driver calls that a step must not make, with
+ * an {@link IllegalStateException} that says where they came from.
  */
 public final class CudaBackendProvider implements BackendProvider {
     /** For {@link java.util.ServiceLoader}; loads no native code. */
@@ -35,16 +41,54 @@ public final class CudaBackendProvider implements BackendProvider {
     @Override
     public Availability availability() {
         Availability driver = Drivers.availability();
-        if (!driver.usable()) {
-            return driver;
+        List<String> details = new ArrayList<>();
+        boolean usable = driver.usable();
+        String reason = driver.reason();
+        if (usable) {
+            details.addAll(driver.details());
+        } else {
+            details.add("driver: " + reason);
+            details.add("PDL: not known without a driver");
         }
-        List<String> details = new ArrayList<>(driver.details());
-        try {
-            KernelCatalog catalog = KernelCatalog.choose(Drivers.open(), device());
-            details.add("kernels: " + catalog.description());
-            return new Availability(true, driver.reason(), details);
-        } catch (BackendUnavailableException e) {
-            return new Availability(false, e.getMessage(), details);
+        details.add("kernels: " + KernelCatalog.shipped());
+        if (usable) {
+            try {
+                KernelCatalog catalog = KernelCatalog.choose(Drivers.open(), device());
+                details.add("kernels for GPU " + device() + ": " + catalog.description());
+            } catch (BackendUnavailableException | CudaException e) {
+                usable = false;
+                reason = e.getMessage();
+            }
+        }
+        details.addAll(Installed.LINES);
+        return new Availability(usable, reason, details);
+    }
+
+    /** What does not change while the process runs, looked for once. */
+    private static final class Installed {
+        static final List<String> LINES = lines();
+
+        private static List<String> lines() {
+            List<String> lines = new ArrayList<>();
+            lines.add(onClassPath("jcuda", "jcuda.driver.JCudaDriver", "12.6.0"));
+            lines.add(onClassPath("jcublas", "jcuda.jcublas.JCublas2", "12.6.0"));
+            lines.add(onClassPath("jcudnn", "jcuda.jcudnn.JCudnn", "11.7.0"));
+            lines.addAll(LibraryBridge.statusLines());
+            return List.copyOf(lines);
+        }
+
+        private static String onClassPath(String artifact, String className, String version) {
+            try {
+                Class.forName(className, false, CudaBackendProvider.class.getClassLoader());
+                return artifact + ": on the class path";
+            } catch (ClassNotFoundException | LinkageError e) {
+                return artifact
+                        + ": not on the class path: add org.jcuda:"
+                        + artifact
+                        + ":"
+                        + version
+                        + " and its natives";
+            }
         }
     }
 
@@ -57,7 +101,27 @@ public final class CudaBackendProvider implements BackendProvider {
     public MoeLayer open(MoeConfig config, String reason) {
         Driver driver = Drivers.open();
         KernelCatalog catalog = KernelCatalog.choose(driver, device());
-        return open(driver, catalog, config, reason);
+        return Boolean.getBoolean("moe4j.cuda.checked")
+                ? openChecked(driver, CheckedDriver.Mode.THROW, catalog, config, reason)
+                : open(driver, catalog, config, reason);
+    }
+
+    @Override
+    public HostSyncCheckedLayer openHostSyncChecked(MoeConfig config, String reason) {
+        Driver driver = Drivers.open();
+        KernelCatalog catalog = KernelCatalog.choose(driver, device());
+        return openChecked(driver, CheckedDriver.Mode.RECORD, catalog, config, reason);
+    }
+
+    /** Opens a layer whose steps the host-sync checker watches. */
+    static CheckedCudaLayer openChecked(
+            Driver driver,
+            CheckedDriver.Mode mode,
+            KernelCatalog catalog,
+            MoeConfig config,
+            String reason) {
+        CheckedDriver checked = new CheckedDriver(driver, mode);
+        return new CheckedCudaLayer(open(checked, catalog, config, reason), checked);
     }
 
     /** Opens a layer on a given driver: the seam for the checked and the recording driver. */

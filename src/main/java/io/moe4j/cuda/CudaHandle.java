@@ -66,6 +66,8 @@ final class CudaHandle implements AutoCloseable {
         }
         try (Scope scope = context.enter()) {
             context.driver().memcpyHtoD(rankViews.address(), views.rewind());
+            // why: fills and pageable copies may still be under way, and steps run on other streams
+            context.driver().streamSynchronize(0L);
         }
     }
 

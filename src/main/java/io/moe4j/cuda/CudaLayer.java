@@ -13,6 +13,7 @@ import io.moe4j.Phase;
 import io.moe4j.ProgressListener;
 import io.moe4j.RoutingInput;
 import io.moe4j.SoftCounters;
+import io.moe4j.StepInspection;
 import io.moe4j.StepTensors;
 import io.moe4j.cuda.driver.Context;
 import io.moe4j.cuda.driver.DeviceBuffer;
@@ -39,6 +40,8 @@ import java.util.IdentityHashMap;
 import java.util.List;
 import java.util.Set;
 import java.util.concurrent.locks.ReentrantLock;
+import java.util.concurrent.locks.ReentrantReadWriteLock;
+import java.util.function.Supplier;
 
 /**
  * A layer over R virtual ranks on one GPU. {@code enqueue} launches a fixed list of kernels with
@@ -51,6 +54,9 @@ final class CudaLayer implements MoeLayer {
     /** Bound of every device wait. Virtual ranks never wait: all sends precede all waits. */
     private static final long TIMEOUT_NS = 2_000_000_000L;
 
+    /** FaultCode kPeerAbort of step_params.cuh. */
+    private static final int PEER_ABORT = 3;
+
     private final MoeConfig config;
     private final String reason;
     private final Context context;
@@ -59,6 +65,10 @@ final class CudaLayer implements MoeLayer {
     private final HandlePool pool;
     private final CudaMemory memory;
     private final ReentrantLock lock = new ReentrantLock();
+
+    /** Read: the layer's memory is looked at outside of a step. Write: it is being freed. */
+    private final ReentrantReadWriteLock freeing = new ReentrantReadWriteLock();
+
     private final Deque<AutoCloseable> owned = new ArrayDeque<>();
     private final List<CudaStep> steps = new ArrayList<>();
 
@@ -217,6 +227,7 @@ final class CudaLayer implements MoeLayer {
         DeviceBuffer buffer = new DeviceBuffer(context, locals.capacity());
         try (Scope scope = context.enter()) {
             context.driver().memcpyHtoD(buffer.address(), locals.rewind());
+            context.driver().streamSynchronize(0L); // why: the copy may still be under way
             KernelParams params = arena.params(DeviceStructs.STEP_PARAMS.size());
             packParams(DeviceStructs.STEP_PARAMS.writer(params.bytes(0)), buffer.address(), handle);
             return new CudaStep(this, handle, params, buffer);
@@ -409,6 +420,26 @@ final class CudaLayer implements MoeLayer {
         }
     }
 
+    /** For benches: kernels of the experts phase; 2 if gate/up and down are one kernel each. */
+    int expertKernels() {
+        requirePrepared();
+        return kernels.of(Phase.EXPERTS).length;
+    }
+
+    /**
+     * For benches: launches the experts phase, or some of its kernels, on rows that an earlier step
+     * left in the buffers; as often as wanted and outside the order of phases.
+     */
+    void launchExperts(long stream, CudaStep step, int firstKernel, int lastKernel) {
+        requirePrepared();
+        Kernel[] flow = kernels.of(Phase.EXPERTS);
+        try (Scope scope = context.enter()) {
+            for (int kernel = firstKernel; kernel <= lastKernel; kernel++) {
+                flow[kernel].launch(context.driver(), config.ranks(), stream, step.params());
+            }
+        }
+    }
+
     private static Phase next(Phase phase) {
         Phase[] all = PHASES;
         return all[(phase.ordinal() + 1) % all.length];
@@ -462,7 +493,8 @@ final class CudaLayer implements MoeLayer {
         }
     }
 
-    private void pin() {
+    /** Keeps the memory while a graph uses it; {@link #unpin} undoes it. */
+    void pin() {
         lock.lock();
         try {
             requirePrepared();
@@ -485,47 +517,81 @@ final class CudaLayer implements MoeLayer {
 
     @Override
     public void synchronize(long stream) {
-        requireOpen();
-        try (Scope scope = context.enter()) {
-            context.driver().streamSynchronize(stream);
-        }
+        whileNotFreed(
+                () -> {
+                    requireOpen();
+                    try (Scope scope = context.enter()) {
+                        context.driver().streamSynchronize(stream);
+                    }
+                    return null;
+                });
     }
 
     @Override
     public void readRouting(int rank, int[] ids, float[] weights) {
-        int k = config.shape().topK();
-        int m = config.maxTokensPerRank();
-        int tokens = readInts(rank, "home_tokens", 1)[0];
-        int[] allIds = readInts(rank, "home_ids", m * k);
-        float[] allWeights = readFloats(rank, "home_weights", m * k);
-        System.arraycopy(allIds, 0, ids, 0, tokens * k);
-        System.arraycopy(allWeights, 0, weights, 0, tokens * k);
+        StepInspection from = inspect(0, rank);
+        int tokens = from.tokens();
+        int[] allIds = from.routedIds(0, tokens);
+        float[] allWeights = from.routedWeights(0, tokens);
+        System.arraycopy(allIds, 0, ids, 0, allIds.length);
+        System.arraycopy(allWeights, 0, weights, 0, allWeights.length);
     }
 
-    private int[] readInts(int rank, String buffer, int count) {
-        int[] values = new int[count];
-        readWorkspace(rank, buffer, count).asIntBuffer().get(values);
-        return values;
+    @Override
+    public StepInspection inspect(int handle, int rank) {
+        return whileNotFreed(
+                () -> {
+                    requirePrepared();
+                    if (handle < 0
+                            || handle >= config.handles()
+                            || rank < 0
+                            || rank >= config.ranks()) {
+                        throw new IllegalArgumentException(
+                                "there is no handle "
+                                        + handle
+                                        + " with rank "
+                                        + rank
+                                        + ": the layer has handles="
+                                        + config.handles()
+                                        + " and ranks="
+                                        + config.ranks());
+                    }
+                    return new CudaInspection(config, handles[handle], rank, this::readDevice);
+                });
     }
 
-    private float[] readFloats(int rank, String buffer, int count) {
-        float[] values = new float[count];
-        readWorkspace(rank, buffer, count).asFloatBuffer().get(values);
-        return values;
+    private ByteBuffer readDevice(long address, int bytes) {
+        return whileNotFreed(
+                () -> {
+                    requirePrepared();
+                    ByteBuffer copy =
+                            ByteBuffer.allocateDirect(bytes).order(ByteOrder.LITTLE_ENDIAN);
+                    try (Scope scope = context.enter()) {
+                        context.driver().contextSynchronize();
+                        if (bytes > 0) {
+                            context.driver().memcpyDtoH(copy, address);
+                        }
+                    }
+                    return copy;
+                });
     }
 
-    private ByteBuffer readWorkspace(int rank, String buffer, int words) {
-        requirePrepared();
-        ByteBuffer bytes = ByteBuffer.allocateDirect(4 * words).order(ByteOrder.LITTLE_ENDIAN);
-        try (Scope scope = context.enter()) {
-            context.driver().contextSynchronize();
-            context.driver().memcpyDtoH(bytes, handles[0].workspace(rank, buffer));
+    /** Runs something that reads the layer's memory; close waits for it. */
+    private <T> T whileNotFreed(Supplier<T> reading) {
+        freeing.readLock().lock();
+        try {
+            return reading.get();
+        } finally {
+            freeing.readLock().unlock();
         }
-        return bytes;
     }
 
     @Override
     public SoftCounters counters() {
+        return whileNotFreed(this::sumCounters);
+    }
+
+    private SoftCounters sumCounters() {
         requirePrepared();
         long steps = 0;
         long dropped = 0;
@@ -544,18 +610,28 @@ final class CudaLayer implements MoeLayer {
 
     @Override
     public void check() {
-        requireOpen();
-        if (!prepared) {
-            return;
+        String fault = whileNotFreed(this::firstFault);
+        if (fault != null) {
+            throw new MoeFaultException(fault);
         }
-        for (CudaHandle handle : handles) {
+    }
+
+    private String firstFault() {
+        requireOpen();
+        for (int handle = 0; prepared && handle < handles.length; handle++) {
+            int failed = -1;
             for (int rank = 0; rank < config.ranks(); rank++) {
-                int code = handle.errorCode(rank);
-                if (code != 0) {
-                    throw new MoeFaultException(describe(handle, rank, code));
+                int code = handles[handle].errorCode(rank);
+                // why: a rank that was aborted by its peer is not the cause
+                if (code != 0 && (failed < 0 || handles[handle].errorCode(failed) == PEER_ABORT)) {
+                    failed = rank;
                 }
             }
+            if (failed >= 0) {
+                return describe(handles[handle], failed, handles[handle].errorCode(failed));
+            }
         }
+        return null;
     }
 
     private static String describe(CudaHandle handle, int rank, int code) {
@@ -569,7 +645,7 @@ final class CudaLayer implements MoeLayer {
                 switch (code) {
                     case 1 -> "timed out";
                     case 2 -> "saw an epoch that does not fit";
-                    case 3 -> "was aborted by its peer";
+                    case PEER_ABORT -> "was aborted by its peer";
                     default -> "failed with code " + code;
                 };
         return String.format(
@@ -587,12 +663,15 @@ final class CudaLayer implements MoeLayer {
 
     @Override
     public long validEpoch(int handle) {
-        requirePrepared();
-        long epoch = Long.MAX_VALUE;
-        for (int rank = 0; rank < config.ranks(); rank++) {
-            epoch = Math.min(epoch, handles[handle].errorLong(rank, "valid_epoch"));
-        }
-        return epoch;
+        return whileNotFreed(
+                () -> {
+                    requirePrepared();
+                    long epoch = Long.MAX_VALUE;
+                    for (int rank = 0; rank < config.ranks(); rank++) {
+                        epoch = Math.min(epoch, handles[handle].errorLong(rank, "valid_epoch"));
+                    }
+                    return epoch;
+                });
     }
 
     @Override
@@ -637,15 +716,10 @@ final class CudaLayer implements MoeLayer {
         }
     }
 
-    /** For tests: the buffers of a handle. */
-    CudaHandle handle(int handle) {
-        requirePrepared();
-        return handles[handle];
-    }
-
     @Override
     public void close() {
         closed = true;
+        memory.refuse();
         lock.lock();
         try {
             freeIfUnused();
@@ -665,8 +739,24 @@ final class CudaLayer implements MoeLayer {
         }
     }
 
+    /** For tests: the buffers of a handle. */
+    CudaHandle handle(int handle) {
+        requirePrepared();
+        return handles[handle];
+    }
+
     /** Frees in reverse order; errors are added to {@code cause}. */
     private void freeOwned(Throwable cause) {
+        freeing.writeLock().lock();
+        try {
+            prepared = false;
+            freeAll(cause);
+        } finally {
+            freeing.writeLock().unlock();
+        }
+    }
+
+    private void freeAll(Throwable cause) {
         List<AutoCloseable> all = new ArrayList<>();
         steps.forEach(step -> all.add(step::free));
         steps.clear();
@@ -684,7 +774,6 @@ final class CudaLayer implements MoeLayer {
                 cause.addSuppressed(e);
             }
         }
-        prepared = false;
     }
 
     void requireOpen() {

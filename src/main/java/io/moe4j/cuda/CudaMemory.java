@@ -14,17 +14,20 @@ import java.util.List;
 final class CudaMemory implements BackendMemory, AutoCloseable {
     private final Context context;
     private final List<DeviceBuffer> buffers = new ArrayList<>();
-    private boolean closed;
+    private boolean refused;
 
     CudaMemory(Context context) {
         this.context = context;
     }
 
+    /** Refuses further use; the memory itself stays until close, for graphs that use it. */
+    synchronized void refuse() {
+        refused = true;
+    }
+
     @Override
     public synchronized Tensor allocate(DType dtype, long... shape) {
-        if (closed) {
-            throw new IllegalStateException("the layer is closed: open a new one");
-        }
+        requireOpen();
         long elements = 1;
         for (long extent : shape) {
             elements = Math.multiplyExact(elements, extent);
@@ -34,20 +37,24 @@ final class CudaMemory implements BackendMemory, AutoCloseable {
         buffers.add(buffer);
         try (Scope scope = context.enter()) {
             context.driver().memsetD8(buffer.address(), (byte) 0, buffer.size());
+            context.driver().streamSynchronize(0L); // why: a fill is asynchronous
         }
         return Tensor.device(buffer.address(), dtype, shape);
     }
 
     @Override
-    public void write(Tensor to, Tensor fromHost) {
+    public synchronized void write(Tensor to, Tensor fromHost) {
+        requireOpen();
         requireEqual(to, fromHost);
         try (Scope scope = context.enter()) {
             context.driver().memcpyHtoD(to.address(), bytes(fromHost));
+            context.driver().streamSynchronize(0L); // why: the copy may still be under way
         }
     }
 
     @Override
-    public void read(Tensor toHost, Tensor from) {
+    public synchronized void read(Tensor toHost, Tensor from) {
+        requireOpen();
         requireEqual(toHost, from);
         try (Scope scope = context.enter()) {
             context.driver().memcpyDtoH(bytes(toHost), from.address());
@@ -56,9 +63,15 @@ final class CudaMemory implements BackendMemory, AutoCloseable {
 
     @Override
     public synchronized void close() {
-        closed = true;
+        refused = true;
         buffers.forEach(DeviceBuffer::close);
         buffers.clear();
+    }
+
+    private void requireOpen() {
+        if (refused) {
+            throw new IllegalStateException("the layer is closed: open a new one");
+        }
     }
 
     private static ByteBuffer bytes(Tensor host) {

@@ -65,6 +65,10 @@ final class CudaWeights implements AutoCloseable {
     void run(ProgressListener progress) {
         LayerWeights weights = config.weights();
         uploadVectors(weights);
+        if (weights instanceof DeviceRandomWeights random) {
+            fillRandom(random);
+            return;
+        }
         int experts = config.shape().experts();
         int workers = Math.max(1, Math.min(Math.min(config.threads(), MAX_WORKERS), experts));
         AtomicInteger next = new AtomicInteger();
@@ -130,6 +134,60 @@ final class CudaWeights implements AutoCloseable {
         }
     }
 
+    /** For benches: the matrices are written by a kernel, only biases come from the host. */
+    private void fillRandom(DeviceRandomWeights random) {
+        Stream stream = own(new Stream(context));
+        ParamArena arena = own(new ParamArena(context));
+        fill(arena, stream, "w_gate_up", random.gateUp());
+        fill(arena, stream, "w_down", random.down());
+        if (config.usesSharedExpert()) {
+            fill(arena, stream, "w_shared_gate_up", random.sharedGateUp());
+            fill(arena, stream, "w_shared_down", random.sharedDown());
+        }
+        if (config.expertBias()) {
+            uploadBiases(random);
+        }
+        stream.synchronize();
+    }
+
+    private void fill(
+            ParamArena arena, Stream stream, String buffer, DeviceRandomWeights.Buffer random) {
+        KernelParams params = arena.params(DeviceStructs.FILL_PARAMS.size());
+        var writer = DeviceStructs.FILL_PARAMS.writer(params.bytes(0));
+        writer.put("packed", base + layout.weights().offset(buffer));
+        writer.put("seed", random.seed());
+        writer.put("experts", random.experts());
+        writer.put("rows", random.rows());
+        writer.put("cols", random.cols());
+        writer.put("row_tiles", random.rowTiles());
+        writer.put("column_blocks", random.columnBlocks());
+        writer.put("gate_up", random.gateUp() ? 1 : 0);
+        writer.put("scale", random.scale());
+        try (Scope scope = context.enter()) {
+            kernels.kernel("moe_fill_random").launch(context.driver(), 1, stream.handle(), params);
+        }
+    }
+
+    /** Biases in packed order, as the pack kernels leave them. */
+    private void uploadBiases(LayerWeights weights) {
+        int experts = config.shape().experts();
+        int gateUpRows = layout.gateUpRows();
+        int downRows = layout.downRows();
+        float[] gateUp = new float[Math.multiplyExact(experts, gateUpRows)];
+        float[] down = new float[Math.multiplyExact(experts, downRows)];
+        for (int e = 0; e < experts; e++) {
+            ExpertWeights expert = weights.expert(e);
+            for (int i = 0; i < config.shape().intermediate(); i++) {
+                int packed = e * gateUpRows + i / 8 * 16 + i % 8;
+                gateUp[packed] = expert.gateBias()[i];
+                gateUp[packed + 8] = expert.upBias()[i];
+            }
+            System.arraycopy(expert.downBias(), 0, down, e * downRows, config.shape().hidden());
+        }
+        upload("bias_gate_up", gateUp);
+        upload("bias_down", down);
+    }
+
     private void upload(String buffer, float[] values) {
         if (values == null) {
             return;
@@ -140,6 +198,7 @@ final class CudaWeights implements AutoCloseable {
         bytes.asFloatBuffer().put(values);
         try (Scope scope = context.enter()) {
             context.driver().memcpyHtoD(base + layout.weights().offset(buffer), bytes);
+            context.driver().streamSynchronize(0L); // why: the copy may still be under way
         }
     }
 

@@ -14,6 +14,7 @@ import java.nio.ByteBuffer;
 import java.nio.ByteOrder;
 import java.nio.file.Files;
 import java.nio.file.Path;
+import java.util.Arrays;
 import java.util.List;
 import org.junit.jupiter.api.Test;
 import org.junit.jupiter.api.io.TempDir;
@@ -217,6 +218,67 @@ class CliTest {
         assertThat(run.exitCode()).as(run.err()).isEqualTo(ExitCodes.OK);
         assertThat(run.out())
                 .contains("1 route", "2 dispatch", "3 experts", "4 combine", "5 compare", "OK: ");
+    }
+
+    @Test
+    void shouldCompareEveryStageWhenDebugSyncIsAskedFor() throws IOException {
+        String[] args = {
+            "check",
+            "--checkpoint",
+            golden("deepseek_v3"),
+            "--backend",
+            "cpu",
+            "--ranks",
+            "3",
+            "--tokens",
+            "8",
+            "--debug-sync"
+        };
+        Run text = run(args);
+        assertThat(text.exitCode()).as(text.err()).isEqualTo(ExitCodes.OK);
+        assertThat(text.out())
+                .contains(
+                        "debug-sync: layer 1, 8 tokens, 3 ranks, cpu: all 17 stages agree",
+                        "OK: 1 of 1 cases agree");
+        String[] json = Arrays.copyOf(args, args.length + 1);
+        json[args.length] = "--json";
+        JsonNode report = JSON.readTree(run(json).out());
+        assertThat(report.get("pass").asBoolean()).isTrue();
+        assertThat(report.get("debug").get(0).get("stages").get("stagesAgreeing").asInt())
+                .isEqualTo(17);
+        assertThat(report.get("debug").get(0).get("repeat").asText()).contains("--debug-sync");
+    }
+
+    @Test
+    void shouldCompareEveryStageOfADemo() {
+        Run run = run("demo", "--backend", "cpu", "--steps", "1", "--tokens", "8", "--debug-sync");
+        assertThat(run.exitCode()).as(run.err()).isEqualTo(ExitCodes.OK);
+        assertThat(run.out()).contains("all 16 stages agree");
+    }
+
+    @Test
+    void shouldSayThatOnlyCudaHasHostSyncs() {
+        Run run =
+                run("check", "--checkpoint", golden("mixtral"), "--backend", "cpu", "--host-sync");
+        assertThat(run.exitCode()).isEqualTo(ExitCodes.BAD_INPUT);
+        assertThat(run.err()).contains("host syncs are checked on cuda only");
+    }
+
+    @Test
+    void shouldSayWhatTheCudaBackendHasAndWhatIsMissing() throws IOException {
+        JsonNode machine = JSON.readTree(run("info", "--json").out());
+        for (JsonNode backend : machine.get("backends")) {
+            if (backend.get("name").asText().equals("cuda")) {
+                assertThat(backend.get("details").toString())
+                        .contains("kernels: ", "jcuda: ", "jcublas: ", "jcudnn: ", "PDL: ")
+                        .contains("cuBLAS: ", "cuDNN: ");
+                if (!backend.get("usable").asBoolean()) {
+                    assertThat(backend.get("reason").asText()).isNotBlank();
+                }
+                return;
+            }
+        }
+        throw new AssertionError("no cuda backend");
     }
 
     @Test

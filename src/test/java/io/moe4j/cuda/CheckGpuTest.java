@@ -2,11 +2,20 @@ package io.moe4j.cuda;
 
 import static org.assertj.core.api.Assertions.assertThat;
 
+import io.moe4j.HostSyncCheckedLayer;
+import io.moe4j.Moe;
+import io.moe4j.MoeConfig;
+import io.moe4j.MoeLayer;
 import io.moe4j.cli.Main;
+import io.moe4j.model.MoeShape;
+import io.moe4j.model.RandomWeights;
 import io.moe4j.weights.TinyCheckpoints;
 import java.io.PrintWriter;
 import java.io.StringWriter;
 import java.nio.file.Path;
+import java.util.ArrayList;
+import java.util.List;
+import org.junit.jupiter.api.Test;
 import org.junit.jupiter.api.io.TempDir;
 import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.ValueSource;
@@ -53,21 +62,52 @@ class CheckGpuTest {
         check(folder);
     }
 
-    private static void check(Path checkpoint) {
+    @ParameterizedTest
+    @ValueSource(strings = {"qwen2_moe", "qwen3_moe_fp8", "deepseek_v3", "gpt_oss"})
+    void shouldFindNoDifferingStageAndNoHostSync(String name) {
+        String out = check(golden().resolve(name), "--debug-sync", "--host-sync");
+        assertThat(out)
+                .contains("cuda: all ", " stages agree", "cuda: no host sync in 3 steps")
+                .doesNotContain("MISMATCH");
+    }
+
+    @Test
+    void shouldCheckEveryLayerOfAnApplicationThatAsksForItByProperty() {
+        System.setProperty("moe4j.cuda.checked", "true");
+        try {
+            check(golden().resolve("mixtral"));
+            MoeConfig config =
+                    MoeConfig.builder()
+                            .weights(RandomWeights.of(MoeShape.of(64, 48, 12, 4), 1))
+                            .backend("cuda")
+                            .build();
+            try (MoeLayer layer = Moe.open(config)) {
+                assertThat(layer).isInstanceOf(HostSyncCheckedLayer.class);
+            }
+        } finally {
+            System.clearProperty("moe4j.cuda.checked");
+        }
+    }
+
+    private static String check(Path checkpoint, String... more) {
         StringWriter out = new StringWriter();
         CommandLine main = Main.commandLine();
         main.setOut(new PrintWriter(out));
         main.setErr(new PrintWriter(out));
-        int exit =
-                main.execute(
-                        "check",
-                        "--checkpoint",
-                        checkpoint.toString(),
-                        "--backend",
-                        "cuda",
-                        "--ranks",
-                        "1,2,4,8");
+        List<String> arguments =
+                new ArrayList<>(
+                        List.of(
+                                "check",
+                                "--checkpoint",
+                                checkpoint.toString(),
+                                "--backend",
+                                "cuda",
+                                "--ranks",
+                                "1,2,4,8"));
+        arguments.addAll(List.of(more));
+        int exit = main.execute(arguments.toArray(String[]::new));
         System.out.println(out);
         assertThat(exit).as(out.toString()).isZero();
+        return out.toString();
     }
 }

@@ -21,6 +21,28 @@ class CpuUseLoadsNoJCudaTest {
     }
 
     @Test
+    void shouldBenchOnTheCpuWithoutTheGpuLibraries() throws Exception {
+        ChildJvm.Result result =
+                ChildJvm.run(
+                        ChildJvm.classPathWithout("jcuda", "jcublas", "jcudnn", "jna"),
+                        Map.of(),
+                        List.of(),
+                        "io.moe4j.cli.Main",
+                        "bench",
+                        "experts",
+                        "--experts=4",
+                        "--top-k=2",
+                        "--hidden=64",
+                        "--intermediate=32",
+                        "--tokens=2",
+                        "--backend=cpu",
+                        "--sample-ms=1",
+                        "--output=csv");
+        assertThat(result.output()).contains("experts,0,custom,64,32,4,2,1,2,uniform,ch,cpu,");
+        assertThat(result.exit()).isZero();
+    }
+
+    @Test
     void shouldRunWithoutTheGpuLibraries() throws Exception {
         ChildJvm.Result result =
                 ChildJvm.run(

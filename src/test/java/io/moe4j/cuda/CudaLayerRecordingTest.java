@@ -13,6 +13,7 @@ import io.moe4j.StepTensors;
 import io.moe4j.cuda.driver.Call;
 import io.moe4j.cuda.driver.CheckedDriver;
 import io.moe4j.cuda.driver.CudaException;
+import io.moe4j.cuda.driver.Driver;
 import io.moe4j.cuda.driver.RecordingDriver;
 import io.moe4j.cuda.kernel.KernelCatalog;
 import io.moe4j.model.MoeShape;
@@ -286,6 +287,74 @@ class CudaLayerRecordingTest {
                 assertThatThrownBy(() -> other.enqueue(0L, step))
                         .hasMessageContaining("another layer");
             }
+        }
+    }
+
+    @Test
+    void shouldRefuseEverythingAfterClose() {
+        CudaLayer layer = open(RoutingInput.TOPK, 2);
+        layer.prepare();
+        List<StepTensors> tensors = tensors(layer);
+        UseAfterClose.check(layer, tensors, layer.bind(tensors), recording.foreignStream());
+        assertThat(recording.leaks()).isEmpty();
+    }
+
+    @Test
+    void shouldReadOnlyTheRowsAskedFor() {
+        try (CudaLayer layer = open(RoutingInput.TOPK, 2)) {
+            layer.prepare();
+            recording.clearCalls();
+            assertThat(layer.inspect(0, 1).receivedRows(1, 3, 2)).hasSize(2 * 64);
+            assertThat(layer.inspect(0, 1).rowSlots(0, 0)).isEmpty();
+            assertThat(recording.calls(Call.MEMCPY_D_TO_H)).hasSize(1);
+            long base = layer.handle(0).symmetric(1, "recv_rows");
+            assertThat(recording.calls(Call.MEMCPY_D_TO_H).get(0).toString())
+                    .contains(Long.toHexString(base + (16 + 3) * 64 * 2));
+        }
+    }
+
+    @Test
+    void shouldWatchStepsAndGraphsOfACheckedLayerAndNothingElse() {
+        MoeConfig config = open(RoutingInput.TOPK, 2).config();
+        KernelCatalog catalog = KernelCatalog.choose(recording, 0);
+        try (CheckedCudaLayer layer =
+                CudaBackendProvider.openChecked(
+                        recording, CheckedDriver.Mode.THROW, catalog, config, "test")) {
+            layer.prepare();
+            CudaLayer plain = open(RoutingInput.TOPK, 2);
+            BoundStep step = layer.bind(tensors(plain));
+            assertThat(step.layer()).isSameAs(layer);
+            long stream = recording.foreignStream();
+            step.layer().enqueue(stream, step);
+            layer.enqueue(stream, step, Phase.ROUTE, Phase.ROUTE);
+            layer.enqueue(stream, step, Phase.DISPATCH_SEND, Phase.COMBINE_RECV);
+            try (MoeGraph graph = layer.capture(stream, step)) {
+                graph.launch(stream);
+                layer.synchronize(stream);
+            }
+            layer.inspect(0, 0).tokens();
+            assertThat(layer.violations()).isEmpty();
+            assertThat(layer.backendReason()).contains("host syncs checked");
+        }
+    }
+
+    @Test
+    void shouldNameAWaitPlantedInAStepWithItsOrigin() {
+        MoeConfig config = open(RoutingInput.TOPK, 1).config();
+        KernelCatalog catalog = KernelCatalog.choose(recording, 0);
+        CheckedDriver checked = new CheckedDriver(recording, CheckedDriver.Mode.RECORD);
+        Driver waiting = WaitingDriver.before("launchKernel", checked);
+        CudaLayer inner = CudaBackendProvider.open(waiting, catalog, config, "test");
+        try (CheckedCudaLayer layer = new CheckedCudaLayer(inner, checked)) {
+            layer.prepare();
+            BoundStep step = layer.bind(tensors(inner));
+            assertThat(layer.violations()).as("waits outside of a step are fine").isEmpty();
+            layer.enqueue(recording.foreignStream(), step);
+            assertThat(layer.violations()).hasSize(10);
+            assertThat(layer.violations().get(0))
+                    .contains("cuCtxSynchronize may wait for the device")
+                    .contains("no-sync zone enqueue")
+                    .contains("WaitingDriver.java");
         }
     }
 }

@@ -11,6 +11,8 @@ import io.moe4j.Phase;
 import io.moe4j.RoutingInput;
 import io.moe4j.checker.Checker;
 import io.moe4j.cli.Main;
+import io.moe4j.cuda.layout.DeviceLayout;
+import io.moe4j.cuda.layout.DeviceStructs;
 import io.moe4j.model.Activation;
 import io.moe4j.model.ModelPreset;
 import io.moe4j.model.MoeShape;
@@ -42,7 +44,16 @@ class DocsTest {
     private static final Pattern TEST_NAME = Pattern.compile("`(should[A-Z]\\w+)`");
     private static final Pattern OPTION = Pattern.compile("`(--[a-z][a-z-]*)");
     private static final Pattern INLINE_COMMAND = Pattern.compile("`moe4j ([a-z][^`]*)`");
+    private static final Pattern INLINE_MAKE = Pattern.compile("`make ([a-z][a-z-]*)`");
+    private static final Pattern PROPERTY =
+            Pattern.compile(
+                    "(?:getProperty|getBoolean|getInteger|getLong)\\(\\s*\"(moe4j\\.[\\w.]+)\"");
+    private static final Pattern VARIABLE = Pattern.compile("(?:get|getenv)\\(\"(MOE4J_\\w+)\"");
+    private static final Pattern SCRIPT_VARIABLE = Pattern.compile("\\$\\{(MOE4J_\\w+)");
     private static final Path MAIN = Path.of("src/main/java/io/moe4j");
+    private static final Path CUDA = Path.of("src/main/cuda");
+    private static final List<String> MAKEFILES =
+            List.of("Makefile", "kernels.mk", "native.mk", "bundle.mk");
 
     @TestFactory
     Stream<DynamicTest> shouldLinkOnlyToFilesAndHeadingsThatExist() {
@@ -60,6 +71,9 @@ class DocsTest {
         Set<String> known = new TreeSet<>();
         for (CommandLine command : Main.commandLine().getSubcommands().values()) {
             known.addAll(command.getCommandSpec().optionsMap().keySet());
+            for (CommandLine nested : command.getSubcommands().values()) {
+                known.addAll(nested.getCommandSpec().optionsMap().keySet());
+            }
         }
         pages().forEach(
                         page ->
@@ -70,20 +84,32 @@ class DocsTest {
 
     @Test
     void shouldDocumentEveryOptionOfEveryCommand() {
-        String page = read(Path.of("docs/checker.md"));
         Main.commandLine()
                 .getSubcommands()
                 .forEach(
                         (name, command) -> {
-                            if (!name.equals("help")) {
-                                String section = section(page, "## moe4j " + name);
-                                command.getCommandSpec().options().stream()
-                                        .map(option -> option.longestName())
-                                        .filter(o -> !List.of("--help", "--version").contains(o))
-                                        .filter(o -> !o.equals("--stacktrace"))
-                                        .forEach(o -> assertThat(section).contains("`" + o + "`"));
+                            if (command.getSubcommands().isEmpty()) {
+                                assertDocumented("docs/checker.md", name, command);
                             }
                         });
+        Main.commandLine()
+                .getSubcommands()
+                .get("bench")
+                .getSubcommands()
+                .forEach(
+                        (name, command) ->
+                                assertDocumented("docs/benchmarks.md", "bench " + name, command));
+    }
+
+    private static void assertDocumented(String page, String name, CommandLine command) {
+        if (name.endsWith("help")) {
+            return;
+        }
+        String section = section(read(Path.of(page)), "## moe4j " + name);
+        command.getCommandSpec().options().stream()
+                .map(option -> option.longestName())
+                .filter(o -> !List.of("--help", "--version", "--stacktrace").contains(o))
+                .forEach(o -> assertThat(section).as("%s, %s", page, name).contains("`" + o + "`"));
     }
 
     @Test
@@ -146,22 +172,187 @@ class DocsTest {
 
     @Test
     void shouldGiveEveryBufferOfThePlanWithItsFormula() {
-        MemoryPlan plan =
-                Moe.plan(
-                        MoeConfig.builder()
-                                .shape(new MoeShape(64, 32, 8, 2, 16))
-                                .rule(RoutingRule.topKSoftmax())
-                                .activation(Activation.swiGlu())
-                                .expertBias(true)
-                                .routingInput(RoutingInput.HIDDEN)
-                                .backend("cpu")
-                                .build());
         String page = read(Path.of("docs/memory.md"));
-        for (MemoryPlan.Entry entry : plan.entries()) {
-            assertThat(page).contains("| " + entry.name() + " | `" + entry.formula() + "` |");
+        for (String backend : List.of("cpu", "cuda")) {
+            MemoryPlan plan =
+                    Moe.plan(
+                            MoeConfig.builder()
+                                    .shape(new MoeShape(64, 32, 8, 2, 16))
+                                    .rule(RoutingRule.topKSoftmax())
+                                    .activation(Activation.swiGlu())
+                                    .expertBias(true)
+                                    .routingInput(RoutingInput.HIDDEN)
+                                    .backend(backend)
+                                    .build());
+            String part = section(page, "## " + backend.toUpperCase(Locale.ROOT) + " backend");
+            for (MemoryPlan.Entry entry : plan.entries()) {
+                assertThat(part).contains("| " + entry.name() + " | `" + entry.formula() + "` |");
+            }
+            long rows =
+                    part.lines()
+                            .filter(line -> line.matches("\\| [a-z_() ]+ \\| `.*` \\|.*"))
+                            .count();
+            assertThat(rows).as(backend).isEqualTo(plan.entries().size());
         }
-        long rows = page.lines().filter(line -> line.matches("\\| [a-z ]+ \\| `.*` \\|.*")).count();
-        assertThat(rows).isEqualTo(plan.entries().size());
+    }
+
+    /** Every program in the documentation is a marked region of a file that is compiled. */
+    @TestFactory
+    Stream<DynamicTest> shouldShowOnlyProgramsThatAreCompiled() {
+        return pages().filter(page -> read(page).contains("```java"))
+                .map(page -> DynamicTest.dynamicTest(page.toString(), () -> checkPrograms(page)));
+    }
+
+    private static void checkPrograms(Path page) {
+        List<String> lines = read(page).lines().toList();
+        for (int i = 0; i < lines.size(); i++) {
+            if (!lines.get(i).equals("```java")) {
+                continue;
+            }
+            String mark = lines.get(i - 1);
+            assertThat(mark).as(page + " line " + i).matches("<!-- from: \\S+ \\S+ -->");
+            String[] words = mark.split(" ");
+            String source = read(Path.of(words[2]));
+            String begin = "// docs: begin " + words[3] + "\n";
+            int from = source.indexOf(begin);
+            int to = source.indexOf("// docs: end " + words[3] + "\n");
+            assertThat(from).as(mark).isNotNegative().isLessThan(to);
+            String region = source.substring(from + begin.length(), source.lastIndexOf('\n', to));
+            String shown =
+                    lines.stream()
+                            .skip(i + 1L)
+                            .takeWhile(line -> !line.equals("```"))
+                            .collect(Collectors.joining("\n"));
+            assertThat(shown).as(mark).isEqualTo(region.stripTrailing().stripIndent().strip());
+        }
+    }
+
+    @Test
+    void shouldListEveryKernelAndPhaseOfAStep() {
+        String page =
+                section(read(Path.of("docs/architecture.md")), "## Kernels of a step on CUDA");
+        List<String> kernels =
+                read(CUDA.resolve("kernels.def"))
+                        .lines()
+                        .filter(line -> line.startsWith("moe_"))
+                        .map(line -> line.split("\\s+")[0])
+                        .toList();
+        assertThat(kernels).isNotEmpty().allSatisfy(kernel -> assertThat(page).contains(kernel));
+        Set<String> named = new TreeSet<>();
+        pages().filter(other -> !other.endsWith("checkpoints.md")) // fields of config.json
+                .forEach(
+                        other ->
+                                named.addAll(
+                                        groups(Pattern.compile("`(moe_[a-z_]+)`"), read(other))));
+        assertThat(kernels).containsAll(named);
+    }
+
+    @Test
+    void shouldDescribeTheOrderingOfTheCode() {
+        String page = read(Path.of("docs/ordering.md"));
+        String instructions =
+                read(CUDA.resolve("ptx/ld_st.cuh")) + read(CUDA.resolve("ptx/globaltimer.cuh"));
+        String signal = read(CUDA.resolve("comm/signal.cuh"));
+        for (String function :
+                groups(Pattern.compile("__forceinline__ \\w+ (\\w+)\\("), instructions)) {
+            assertThat(page).contains("`" + function + "`");
+        }
+        List<String> shown = groups(Pattern.compile("`((?:ld|st|fence)\\.[\\w.]+)`"), page);
+        assertThat(shown).isNotEmpty().allMatch(text -> instructions.contains(text));
+        for (String instruction :
+                groups(
+                        Pattern.compile("asm volatile\\(\"((?:ld|st|fence)\\S+?)[ ;]"),
+                        instructions)) {
+            assertThat(shown).contains(instruction);
+        }
+        for (String field : DeviceStructs.ERROR_RECORD.offsets().keySet()) {
+            assertThat(section(page, "## Faults")).contains("`" + field + "`");
+        }
+        assertThat(signal)
+                .contains("kPollsPerClockRead = 64")
+                .contains(
+                        "kDispatchSent = 0, kCombineSent = 1, kCombineDone = 2, kFaultClaimed = 7")
+                .contains("kAbortEpoch = ~0ull");
+        assertThat(page).contains("read every 64 polls").contains("`arrivals[7]` u32");
+        assertThat(constant("cuda/CudaLayer.java", "TIMEOUT_NS", "L")).isEqualTo("2000000000");
+        assertThat(page).contains("2 s (`TIMEOUT_NS`");
+    }
+
+    @Test
+    void shouldListEveryPropertyAndVariable() {
+        String table = section(read(Path.of("docs/gpu.md")), "## Properties and variables");
+        String code = sources(Path.of("src/main/java")) + sources(Path.of("src/test/java"));
+        Set<String> names = new TreeSet<>(groups(PROPERTY, code));
+        names.addAll(groups(VARIABLE, code));
+        for (String script : List.of("bin/moe4j", "src/main/bundle/run")) {
+            names.addAll(groups(SCRIPT_VARIABLE, read(Path.of(script))));
+        }
+        assertThat(names).contains("moe4j.cuda.device", "MOE4J_CUDA_LIBS", "MOE4J_JAVA_OPTS");
+        assertThat(names).allSatisfy(name -> assertThat(table).contains("`" + name + "`"));
+        assertThat(groups(Pattern.compile("`(moe4j\\.[\\w.]+|MOE4J_\\w+)`"), table))
+                .allSatisfy(name -> assertThat(names).contains(name));
+    }
+
+    /** Messages in tables whose first column is a message; "…" stands for what varies. */
+    @Test
+    void shouldQuoteMessagesOfTheCode() {
+        String code = sources(Path.of("src/main/java")).replaceAll("\"\\s*\\+\\s*\"", "");
+        List<String> messages =
+                new ArrayList<>(
+                        groups(
+                                Pattern.compile("(?m)^\\| `([^`]+)` \\|"),
+                                section(read(Path.of("docs/gpu.md")), "## Troubleshooting")));
+        messages.addAll(
+                groups(
+                        Pattern.compile("`([a-z][^`]* [^`]* [^`]*)`"),
+                        String.join(
+                                "\n",
+                                section(
+                                                read(Path.of("docs/graphs.md")),
+                                                "## What breaks a capture, and how you hear of it")
+                                        .lines()
+                                        .filter(line -> line.contains("Exception"))
+                                        .map(line -> line.substring(line.indexOf("Exception")))
+                                        .toList())));
+        assertThat(messages).hasSizeGreaterThan(25);
+        for (String message : messages) {
+            for (String part : message.split("…|EXPERTS|ROUTE|hidden is|cuDNN: not|libcud\\S+")) {
+                if (part.strip().length() > 3) {
+                    assertThat(code).as(message).contains(part.strip());
+                }
+            }
+        }
+    }
+
+    @Test
+    void shouldGiveTheCoordinatesOfTheBuild() {
+        String page = read(Path.of("docs/gpu.md"));
+        String pom = read(Path.of("pom.xml"));
+        for (String[] library :
+                new String[][] {
+                    {"org.jcuda", "jcuda", "jcuda.version"},
+                    {"org.jcuda", "jcublas", "jcuda.version"},
+                    {"org.jcuda", "jcudnn", "jcudnn.version"},
+                    {"net.java.dev.jna", "jna", "jna.version"}
+                }) {
+            Pattern property = Pattern.compile("<" + library[2] + ">([^<]+)<");
+            String version = groups(property, pom).get(0);
+            assertThat(page).contains("`" + library[0] + ":" + library[1] + ":" + version + "`");
+            if (library[0].equals("org.jcuda")) {
+                assertThat(pom).contains("<artifactId>" + library[1] + "-natives</artifactId>");
+                assertThat(page)
+                        .contains(
+                                "`org.jcuda:"
+                                        + library[1]
+                                        + "-natives:"
+                                        + version
+                                        + ":linux-x86_64`");
+            }
+        }
+        String build = read(CUDA.resolve("build.sh"));
+        List<String> images = groups(Pattern.compile("entry (moe4j-\\S+)"), build);
+        assertThat(images).hasSize(3);
+        assertThat(images).allSatisfy(image -> assertThat(page).contains("| `" + image + "` |"));
     }
 
     @Test
@@ -176,9 +367,30 @@ class DocsTest {
                 .contains("Up to " + constant("cpu/CpuMaskedGemm.java", "ROW_BLOCK") + " rows");
         assertThat(read(Path.of("docs/checker.md")))
                 .contains("is 1e-5 on the CPU")
-                .contains("6e-3 is set aside");
+                .contains("it is 6e-3");
         assertThat(Checker.CPU_TOLERANCE).isEqualTo(1e-5);
         assertThat(Checker.CUDA_TOLERANCE).isEqualTo(6e-3);
+        String memory = read(Path.of("docs/memory.md"));
+        assertThat(memory)
+                .contains(
+                        DeviceStructs.STEP_PARAMS.size()
+                                + " and "
+                                + DeviceStructs.LOCAL_RANK.size()
+                                + " bytes")
+                .contains("R·" + DeviceStructs.LOCAL_RANK.size() + " bytes")
+                .contains("up to a multiple of " + DeviceLayout.PAD)
+                .contains("tiles of " + DeviceLayout.TILE_ROWS + " outputs × 64 inputs, 16 KiB")
+                .contains("at most 1024 experts of a rank");
+        assertThat(read(Path.of("docs/graphs.md")))
+                .contains("the " + DeviceStructs.STEP_PARAMS.size() + " bytes of `StepParams`");
+        assertThat(read(CUDA.resolve("layout/step_params.cuh")))
+                .contains("kPad = " + DeviceLayout.PAD + ";")
+                .contains("kTileRows = " + DeviceLayout.TILE_ROWS + ";")
+                .contains("kTileCols = 64;");
+        assertThat(read(CUDA.resolve("scheduler/masked.cuh")))
+                .contains("kTokenBlock = 64;")
+                .contains("kThreads = 256;")
+                .contains("kMaxExperts = 4 * kThreads;");
         assertThat(read(Path.of("docs/checkpoints.md")))
                 .contains(grouped(constant("weights/SafetensorsHeader.java", "MAX_HEADER_BYTES")))
                 .contains(grouped(constant("weights/SafetensorsHeader.java", "MAX_TENSORS")))
@@ -216,7 +428,8 @@ class DocsTest {
             for (int i = 0; i < lines.size(); i++) {
                 if (lines.get(i).startsWith("$ bin/moe4j plan ")) {
                     String shownCall = lines.get(i).substring("$ bin/moe4j ".length());
-                    String[] args = (shownCall + " --backend cpu").split(" ");
+                    boolean named = shownCall.contains(" --backend ");
+                    String[] args = (shownCall + (named ? "" : " --backend cpu")).split(" ");
                     String shown =
                             lines.stream()
                                     .skip(i + 1L)
@@ -265,7 +478,9 @@ class DocsTest {
                         .map(line -> line.substring(2).replaceFirst("^bin/moe4j ", "moe4j "));
         Stream<String> inline =
                 groups(INLINE_COMMAND, withoutCode(page)).stream().map(c -> "moe4j " + c);
-        return Stream.concat(shown, inline).distinct();
+        Stream<String> makes =
+                groups(INLINE_MAKE, withoutCode(page)).stream().map(c -> "make " + c);
+        return Stream.of(shown, inline, makes).flatMap(s -> s).distinct();
     }
 
     private static DynamicTest commandTest(Path page, String command) {
@@ -274,7 +489,11 @@ class DocsTest {
                 () -> {
                     String[] words = command.split(" ");
                     if (words[0].equals("make")) {
-                        assertThat(read(Path.of("Makefile"))).contains("\n" + words[1] + ":");
+                        String targets =
+                                MAKEFILES.stream()
+                                        .map(file -> read(Path.of(file)))
+                                        .collect(Collectors.joining("\n"));
+                        assertThat(targets).contains("\n" + words[1] + ":");
                         return;
                     }
                     assertThat(words[0]).isEqualTo("moe4j");
@@ -335,8 +554,14 @@ class DocsTest {
     }
 
     private static String constant(String file, String name) {
+        return constant(file, name, "");
+    }
+
+    private static String constant(String file, String name, String suffix) {
         List<String> found =
-                groups(Pattern.compile("\\b" + name + " = ([\\d_]+);"), read(MAIN.resolve(file)));
+                groups(
+                        Pattern.compile("\\b" + name + " = ([\\d_]+)" + suffix + ";"),
+                        read(MAIN.resolve(file)));
         assertThat(found).as("%s in %s", name, file).hasSize(1);
         return found.get(0).replace("_", "");
     }

@@ -7,13 +7,10 @@ import io.moe4j.checker.TokenErrors;
 import io.moe4j.weights.Checkpoint;
 import io.moe4j.weights.CheckpointLayer;
 import java.io.ByteArrayOutputStream;
-import java.io.IOException;
 import java.io.PrintStream;
 import java.nio.charset.StandardCharsets;
-import java.nio.file.Files;
 import java.nio.file.Path;
 import java.util.Arrays;
-import java.util.stream.Collectors;
 import org.junit.jupiter.api.Test;
 import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.ValueSource;
@@ -21,8 +18,6 @@ import org.junit.jupiter.params.provider.ValueSource;
 /** The programs in the documentation run, compute the right thing and are the ones shown. */
 class ExamplesTest {
     private static final Path GOLDEN = Path.of("src/test/resources/golden");
-    private static final Path SOURCE =
-            Path.of("src/test/java/io/moe4j/examples/ReadmeExample.java");
 
     @ParameterizedTest
     @ValueSource(strings = {"qwen3_moe", "deepseek_v3", "gpt_oss", "mixtral"})
@@ -51,24 +46,5 @@ class ExamplesTest {
         String text = captured.toString(StandardCharsets.UTF_8);
         assertThat(text).contains("CPU backend: R=1 M=8 H=256").contains("receive buffer");
         assertThat(text.strip().lines().reduce((a, b) -> b).orElse("").split(", ")).hasSize(4);
-    }
-
-    @Test
-    void shouldShowTheCompiledProgramInTheReadme() throws IOException {
-        String source = Files.readString(SOURCE);
-        String region =
-                source.substring(
-                        source.indexOf("// readme: begin\n") + "// readme: begin\n".length(),
-                        source.indexOf("    // readme: end"));
-        String shown = firstJavaBlock(Files.readString(Path.of("README.md")));
-        assertThat(shown.strip()).isEqualTo(region.stripTrailing().stripIndent().strip());
-    }
-
-    private static String firstJavaBlock(String markdown) {
-        return markdown.lines()
-                .dropWhile(line -> !line.equals("```java"))
-                .skip(1)
-                .takeWhile(line -> !line.equals("```"))
-                .collect(Collectors.joining("\n"));
     }
 }

@@ -24,7 +24,7 @@ public final class ReadmeExample {
         System.out.println(Arrays.toString(Arrays.copyOf(y, 4)));
     }
 
-    // readme: begin
+    // docs: begin readme
     static float[] firstToken(Path modelFolder) {
         try (Checkpoint checkpoint = Checkpoint.open(modelFolder)) {
             CheckpointLayer weights = checkpoint.layer(checkpoint.moeLayers().get(0));
@@ -49,7 +49,7 @@ public final class ReadmeExample {
         }
     }
 
-    // readme: end
+    // docs: end readme
 
     private static float[] ones(int count) {
         float[] values = new float[count];

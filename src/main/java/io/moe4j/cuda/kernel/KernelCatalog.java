@@ -160,6 +160,16 @@ public final class KernelCatalog {
         }
     }
 
+    /** One line: the images of this build, or that there are none and how to get them. */
+    public static String shipped() {
+        if (resource("manifest.json") == null) {
+            return "none in this build: build it where nvcc is installed (make kernels)";
+        }
+        List<String> files = new ArrayList<>();
+        manifest().path("modules").forEach(module -> files.add(module.path("file").asText()));
+        return String.join(", ", files) + " in this build";
+    }
+
     /** File name and size of the image. */
     public String description() {
         return file + ", " + image.length + " bytes, " + defs.size() + " kernels";

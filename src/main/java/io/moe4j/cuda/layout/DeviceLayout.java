@@ -16,15 +16,27 @@ public final class DeviceLayout {
     /** Outputs per packed weight tile. */
     public static final int TILE_ROWS = 128;
 
+    /** Most experts of one rank: what the scheduler's lists in shared memory hold. */
+    public static final int MAX_EXPERTS_PER_RANK = 1024;
+
+    /** Most groups of a routing rule: what the router's bitmap in shared memory holds. */
+    public static final int MAX_GROUPS = 1024;
+
     private final MoeConfig config;
     private final Region symmetric = new Region();
     private final Region workspace = new Region();
     private final Region weights = new Region();
     private final Region pinned = new Region();
 
-    /** Lays out a layer; allocates nothing. */
+    /**
+     * Lays out a layer; allocates nothing.
+     *
+     * @throws IllegalArgumentException if the kernels cannot run this configuration; names the
+     *     limit and the cure
+     */
     public DeviceLayout(MoeConfig config) {
         this.config = config;
+        requireWithinLimits();
         MoeShape shape = config.shape();
         long r = config.ranks();
         long m = config.maxTokensPerRank();
@@ -78,6 +90,37 @@ public final class DeviceLayout {
 
         pinned.add("errors", "R*64", r, DeviceStructs.ERROR_RECORD.size());
         pinned.add("counters", "R*64", r, DeviceStructs.SOFT_COUNTERS.size());
+    }
+
+    private void requireWithinLimits() {
+        requireAtMost(
+                "experts per rank",
+                config.expertsPerRank(),
+                MAX_EXPERTS_PER_RANK,
+                "use more ranks");
+        requireAtMost("topK", config.shape().topK(), MoeShape.MAX_TOP_K, "choose fewer experts");
+        if (config.routingInput() != RoutingInput.TOPK) {
+            requireAtMost(
+                    "groups", config.rule().groups(), MAX_GROUPS, "route outside the layer (TOPK)");
+        }
+        requireAtMost(
+                "packed rows ranks * maxTokensPerRank * min(topK, experts per rank)",
+                packedRows(),
+                Integer.MAX_VALUE,
+                "lower maxTokensPerRank");
+    }
+
+    private static void requireAtMost(String what, long value, long limit, String cure) {
+        if (value > limit) {
+            throw new IllegalArgumentException(
+                    what
+                            + "="
+                            + value
+                            + " exceeds the CUDA backend's limit "
+                            + limit
+                            + ": "
+                            + cure);
+        }
     }
 
     /** Rounds a width up to a multiple of {@link #PAD}. */

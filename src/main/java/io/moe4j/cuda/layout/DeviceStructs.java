@@ -135,6 +135,21 @@ public final class DeviceStructs {
                     "i32 column_blocks",
                     "i32 pad0");
 
+    /** Random packed weights, for benches. */
+    public static final CStruct FILL_PARAMS =
+            CStruct.of(
+                    "FillParams",
+                    "ptr packed",
+                    "u64 seed",
+                    "i32 experts",
+                    "i32 rows",
+                    "i32 cols",
+                    "i32 row_tiles",
+                    "i32 column_blocks",
+                    "i32 gate_up",
+                    "f32 scale",
+                    "i32 pad0");
+
     /** The gate that holds a stream shut, for tests. */
     public static final CStruct GATE_PARAMS =
             CStruct.of("GateParams", "ptr word", "u64 timeout_ns");
@@ -148,6 +163,7 @@ public final class DeviceStructs {
                     LOCAL_RANK,
                     STEP_PARAMS,
                     PACK_PARAMS,
+                    FILL_PARAMS,
                     GATE_PARAMS);
 
     private DeviceStructs() {}

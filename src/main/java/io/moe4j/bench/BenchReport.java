@@ -1,0 +1,218 @@
+package io.moe4j.bench;
+
+import com.fasterxml.jackson.annotation.JsonIgnoreProperties;
+import com.fasterxml.jackson.core.JsonProcessingException;
+import com.fasterxml.jackson.databind.DeserializationFeature;
+import com.fasterxml.jackson.databind.ObjectMapper;
+import com.fasterxml.jackson.databind.SerializationFeature;
+import java.io.IOException;
+import java.nio.file.Files;
+import java.nio.file.Path;
+import java.util.List;
+import java.util.Locale;
+import java.util.Map;
+
+/**
+ * The measurements of one run and where they were made.
+ *
+ * @param environment GPU, driver, clocks, JDK, commit: see {@link Environment}
+ * @param command how to repeat it
+ * @param seed of weights, hidden states and routing
+ * @param rows the measurements
+ */
+@JsonIgnoreProperties(ignoreUnknown = true)
+public record BenchReport(
+        Map<String, String> environment, String command, long seed, List<BenchRow> rows) {
+    private static final List<String> CSV_COLUMNS =
+            List.of(
+                    "bench",
+                    "case",
+                    "model",
+                    "hidden",
+                    "intermediate",
+                    "experts",
+                    "topk",
+                    "ep",
+                    "tokens",
+                    "routing",
+                    "stage",
+                    "backend",
+                    "mode",
+                    "cache",
+                    "weight_sets",
+                    "rows",
+                    "hit_experts",
+                    "median_us",
+                    "p20_us",
+                    "p80_us",
+                    "samples",
+                    "tflops",
+                    "gb_per_s",
+                    "floor_us",
+                    "times_floor",
+                    "baseline",
+                    "baseline_us",
+                    "faster_than_baseline",
+                    "peer",
+                    "peer_us",
+                    "faster_than_peer",
+                    "error",
+                    "gpu",
+                    "commit");
+
+    /** Reads a report that {@link #toJson} wrote. */
+    public static BenchReport read(Path file) throws IOException {
+        try {
+            BenchReport report =
+                    new ObjectMapper()
+                            .disable(DeserializationFeature.FAIL_ON_UNKNOWN_PROPERTIES)
+                            .readValue(Files.readAllBytes(file), BenchReport.class);
+            if (report.rows() == null) {
+                throw new IllegalArgumentException(file + " has no rows: give a bench report");
+            }
+            return report;
+        } catch (JsonProcessingException e) {
+            throw new IllegalArgumentException(
+                    file + " is not a report of moe4j bench: " + e.getOriginalMessage(), e);
+        }
+    }
+
+    /** For programs, and for --compare. */
+    public String toJson() {
+        try {
+            return new ObjectMapper()
+                            .enable(SerializationFeature.INDENT_OUTPUT)
+                            .writeValueAsString(this)
+                    + "\n";
+        } catch (JsonProcessingException e) {
+            throw new IllegalStateException(e);
+        }
+    }
+
+    /** One line per measurement, and a header. */
+    public String toCsv() {
+        StringBuilder csv = new StringBuilder(String.join(",", CSV_COLUMNS)).append('\n');
+        for (BenchRow r : rows) {
+            Object[] cells = {
+                r.bench(),
+                r.number(),
+                r.model(),
+                r.hidden(),
+                r.intermediate(),
+                r.experts(),
+                r.topK(),
+                r.ep(),
+                r.tokens(),
+                r.routing(),
+                r.stage(),
+                r.backend(),
+                r.mode(),
+                r.cache(),
+                r.weightSets(),
+                r.rows(),
+                r.hitExperts(),
+                r.medianUs(),
+                r.p20Us(),
+                r.p80Us(),
+                r.samples(),
+                r.tflops(),
+                r.gbPerS(),
+                r.floorUs(),
+                r.timesFloor(),
+                r.baseline(),
+                r.baselineUs(),
+                r.fasterThanBaseline(),
+                r.peer(),
+                r.peerUs(),
+                r.fasterThanPeer(),
+                r.error(),
+                environment.getOrDefault("gpu", ""),
+                environment.getOrDefault("commit", "")
+            };
+            for (int i = 0; i < cells.length; i++) {
+                csv.append(i == 0 ? "" : ",").append(csvCell(cells[i]));
+            }
+            csv.append('\n');
+        }
+        return csv.toString();
+    }
+
+    private static String csvCell(Object value) {
+        if (value == null) {
+            return "";
+        }
+        if (value instanceof Double number) {
+            return String.format(Locale.ROOT, "%.4g", number);
+        }
+        String text = value.toString();
+        return text.matches("[^,\"\\n]*") ? text : '"' + text.replace("\"", "\"\"") + '"';
+    }
+
+    /** A table for people, with the environment above it. */
+    public String toMarkdown() {
+        StringBuilder text = new StringBuilder();
+        environment.forEach(
+                (key, value) ->
+                        text.append("- ").append(key).append(": ").append(value).append('\n'));
+        rows.stream()
+                .filter(row -> row.error() != null)
+                .mapToDouble(BenchRow::error)
+                .max()
+                .ifPresent(
+                        error ->
+                                text.append(
+                                        String.format(
+                                                Locale.ROOT,
+                                                "- checked before timing: worst token off by %.1e"
+                                                        + " from float64%n",
+                                                error)));
+        text.append("- seed: ")
+                .append(seed)
+                .append("\n- command: `")
+                .append(command)
+                .append("`\n\n");
+        text.append("| case | model | EP | T | routing | stage | mode | rows | hit | median µs");
+        text.append(" | p20 | p80 | TFLOP/s | GB/s | floor µs | × floor | baseline µs");
+        text.append(" | vs baseline | best peer | vs peer |\n|");
+        text.append("---|".repeat(20)).append('\n');
+        for (BenchRow r : rows) {
+            text.append("| ").append(r.number() == 0 ? "–" : r.number());
+            cell(text, r.model());
+            cell(text, r.ep());
+            cell(text, r.tokens());
+            cell(text, r.routing());
+            cell(text, r.stage());
+            cell(text, r.mode() + ", " + r.cache());
+            cell(text, r.rows());
+            cell(text, r.hitExperts());
+            cell(text, number(r.medianUs()));
+            cell(text, number(r.p20Us()));
+            cell(text, number(r.p80Us()));
+            cell(text, number(r.tflops()));
+            cell(text, number(r.gbPerS()));
+            cell(text, number(r.floorUs()));
+            cell(text, ratio(r.timesFloor()));
+            cell(text, number(r.baselineUs()));
+            cell(text, ratio(r.fasterThanBaseline()));
+            cell(text, r.peer() == null ? "–" : r.peer() + " " + number(r.peerUs()));
+            cell(text, ratio(r.fasterThanPeer()));
+            text.append(" |\n");
+        }
+        return text.toString();
+    }
+
+    private static void cell(StringBuilder text, Object value) {
+        text.append(" | ").append(value);
+    }
+
+    private static String number(Double value) {
+        if (value == null) {
+            return "–";
+        }
+        return String.format(Locale.ROOT, value < 100 ? "%.1f" : "%.0f", value);
+    }
+
+    private static String ratio(Double value) {
+        return value == null ? "–" : String.format(Locale.ROOT, "%.2f", value);
+    }
+}

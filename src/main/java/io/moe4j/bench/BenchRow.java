@@ -1,0 +1,97 @@
+package io.moe4j.bench;
+
+import com.fasterxml.jackson.annotation.JsonInclude;
+import java.util.Map;
+
+/**
+ * One measurement. Values that do not apply are null and left out of JSON.
+ *
+ * @param bench experts, chain or launch
+ * @param number of the case in its file, 0 if it has none
+ * @param model the model
+ * @param hidden H
+ * @param intermediate I
+ * @param experts E over all ranks
+ * @param topK K
+ * @param ep ranks: of the group a case stands for, or virtual ranks that ran
+ * @param tokens T of each rank
+ * @param routing uniform, zipf:S, ...
+ * @param stage id of the {@link Stage}
+ * @param backend cpu or cuda
+ * @param mode graph or eager
+ * @param cache cold: weight sets rotate; hot: one set
+ * @param weightSets sets that rotate
+ * @param rows rows of the experts
+ * @param hitExperts experts with rows
+ * @param medianUs median time
+ * @param p20Us 20th percentile
+ * @param p80Us 80th percentile
+ * @param samples number of samples
+ * @param tflops operations of valid rows over the median, TFLOP/s
+ * @param gbPerS bytes of hit experts' weights over the median, GB/s
+ * @param floorUs what the hardware needs at least, see {@link Cost}
+ * @param timesFloor median / floor
+ * @param baseline name of the baseline
+ * @param baselineUs its median
+ * @param fasterThanBaseline baseline / median
+ * @param peer name of the fastest bfloat16 peer in the case file
+ * @param peerUs its time
+ * @param fasterThanPeer peer / median
+ * @param peersUs all bfloat16 peers
+ * @param error largest relative L2 error of the tokens checked before timing
+ */
+@JsonInclude(JsonInclude.Include.NON_NULL)
+public record BenchRow(
+        String bench,
+        int number,
+        String model,
+        int hidden,
+        int intermediate,
+        int experts,
+        int topK,
+        int ep,
+        int tokens,
+        String routing,
+        String stage,
+        String backend,
+        String mode,
+        String cache,
+        int weightSets,
+        int rows,
+        int hitExperts,
+        double medianUs,
+        double p20Us,
+        double p80Us,
+        int samples,
+        Double tflops,
+        Double gbPerS,
+        Double floorUs,
+        Double timesFloor,
+        String baseline,
+        Double baselineUs,
+        Double fasterThanBaseline,
+        String peer,
+        Double peerUs,
+        Double fasterThanPeer,
+        Map<String, Double> peersUs,
+        Double error) {
+    /** What makes two rows measurements of the same thing. */
+    public String key() {
+        return String.join(
+                " ",
+                bench,
+                "case=" + number,
+                model,
+                "H=" + hidden,
+                "I=" + intermediate,
+                "E=" + experts,
+                "K=" + topK,
+                "ep=" + ep,
+                "T=" + tokens,
+                routing,
+                stage,
+                backend,
+                mode,
+                cache);
+    }
+}

@@ -1,0 +1,314 @@
+package io.moe4j.bench;
+
+import io.moe4j.BackendUnavailableException;
+import io.moe4j.BoundStep;
+import io.moe4j.Moe;
+import io.moe4j.MoeConfig;
+import io.moe4j.MoeGraph;
+import io.moe4j.MoeLayer;
+import io.moe4j.Phase;
+import io.moe4j.cuda.CudaProbe;
+import io.moe4j.cuda.CudaProbe.Part;
+import io.moe4j.model.Activation;
+import io.moe4j.model.LayerWeights;
+import io.moe4j.model.ModelPreset;
+import io.moe4j.model.MoeShape;
+import io.moe4j.model.RandomWeights;
+import java.util.ArrayList;
+import java.util.Arrays;
+import java.util.List;
+import java.util.function.IntFunction;
+
+/**
+ * The experts phase of one rank over counts that only the device knows: the chain, and on CUDA each
+ * product alone. Rows are put in place by a real step; then the phase runs again and again on them.
+ */
+public final class ExpertsBench {
+    private final BenchOptions options;
+    private final List<String> notes = new ArrayList<>();
+
+    /** A benchmark with these options. */
+    public ExpertsBench(BenchOptions options) {
+        this.options = options;
+    }
+
+    /** What was left out, and why; one line each. */
+    public List<String> notes() {
+        return notes;
+    }
+
+    /** Measures all cases. */
+    public List<BenchRow> run(List<BenchCase> cases) {
+        List<BenchRow> rows = new ArrayList<>();
+        for (int i = 0; i < cases.size(); i++) {
+            BenchCase benchCase = cases.get(i);
+            rows.addAll(options.backend().equals("cuda") ? onCuda(benchCase) : onCpu(benchCase));
+            options.progress().progress(i + 1, cases.size());
+        }
+        return rows;
+    }
+
+    private MoeConfig config(BenchCase benchCase, RandomWeights vectors) {
+        Activation activation =
+                ModelPreset.find(benchCase.model())
+                        .map(ModelPreset::activation)
+                        .orElse(Activation.swiGlu());
+        return MoeConfig.builder()
+                .weights(vectors)
+                .activation(activation)
+                .maxTokensPerRank(benchCase.allTokens())
+                .backend(options.backend())
+                .build();
+    }
+
+    private RandomWeights vectors(BenchCase benchCase) {
+        MoeShape local =
+                MoeShape.of(
+                        benchCase.hidden(),
+                        benchCase.intermediate(),
+                        benchCase.counts().length,
+                        Math.min(benchCase.topK(), benchCase.counts().length));
+        RandomWeights weights = RandomWeights.of(local, options.seed());
+        boolean biased =
+                ModelPreset.find(benchCase.model())
+                        .map(preset -> preset.randomWeights(0).hasBias())
+                        .orElse(false);
+        return biased ? weights.withBias() : weights;
+    }
+
+    // ------------------------------------------------------------------ CUDA
+
+    private List<BenchRow> onCuda(BenchCase benchCase) {
+        RandomWeights vectors = vectors(benchCase);
+        MoeConfig config = config(benchCase, vectors);
+        try (CudaProbe probe = new CudaProbe()) {
+            int sets = setsThatFit(benchCase, config, probe, wantedSets(benchCase, Stage.G2));
+            int[] ids = benchCase.deal(config.shape().topK());
+            IntFunction<LayerWeights> weights =
+                    set -> CudaProbe.randomWeights(config.shape(), vectors, options.seed() + set);
+            LayerSet.Input input = LayerSet.Input.of(config, ids, options.seed());
+            try (LayerSet layers = new LayerSet(config, weights, sets, input, probe.stream())) {
+                layers.runAll();
+                double error = layers.check();
+                float[] before = layers.output(0);
+                List<BenchRow> rows = stages(benchCase, probe, layers, sets, error);
+                layers.runAll();
+                if (!Arrays.equals(before, layers.output(0))) {
+                    throw new IllegalStateException(
+                            benchCase + ": the output changed while it was timed");
+                }
+                return rows;
+            }
+        }
+    }
+
+    private int wantedSets(BenchCase benchCase, Stage stage) {
+        return options.weightSets(cost(benchCase, stage).weightBytes());
+    }
+
+    private int setsThatFit(BenchCase benchCase, MoeConfig config, CudaProbe probe, int wanted) {
+        double rotation = wanted * cost(benchCase, Stage.G2).weightBytes();
+        if (options.cold() && rotation < BenchOptions.ROTATION_BYTES) {
+            notes.add(
+                    label(benchCase)
+                            + ": a rotation of "
+                            + wanted
+                            + " weight sets reads only "
+                            + Math.round(rotation / 1e6)
+                            + " MB, so some weights may come from the cache");
+        }
+        long each = Moe.plan(config).totalBytes();
+        long fit = Math.max(1, probe.freeBytes() / 10 * 8 / each);
+        if (fit < wanted) {
+            notes.add(
+                    label(benchCase)
+                            + ": "
+                            + fit
+                            + " weight sets fit the device, "
+                            + wanted
+                            + " are needed to be cold");
+        }
+        return (int) Math.min(wanted, fit);
+    }
+
+    private List<BenchRow> stages(
+            BenchCase benchCase, CudaProbe probe, LayerSet layers, int sets, double error) {
+        List<BenchRow> rows = new ArrayList<>();
+        CudaTimer timer = new CudaTimer(probe, options.sampleMs());
+        boolean splits = CudaProbe.splits(layers.steps().get(0));
+        if (!splits) {
+            notes.add(label(benchCase) + ": the phase is not two kernels, only ch is timed");
+        }
+        try (Baseline baseline = new Baseline(benchCase, probe, timer, sets)) {
+            for (Stage stage : List.of(Stage.G1, Stage.G2, Stage.CHAIN)) {
+                if (stage != Stage.CHAIN && !splits) {
+                    continue;
+                }
+                int rotating = Math.min(sets, wantedSets(benchCase, stage));
+                List<BoundStep> steps = layers.steps().subList(0, rotating);
+                Part part = part(stage);
+                Sample sample = timer.time(rounds -> work(probe, steps, part, rounds), rotating);
+                rows.add(
+                        Rows.row(
+                                "experts",
+                                benchCase,
+                                stage,
+                                options,
+                                rotating,
+                                sample,
+                                cost(benchCase, stage),
+                                options.baseline(),
+                                baseline.us(part, rotating),
+                                error));
+            }
+        }
+        return rows;
+    }
+
+    private CudaTimer.Work work(CudaProbe probe, List<BoundStep> steps, Part part, int rounds) {
+        if (!options.graph()) {
+            return CudaTimer.of(
+                    () -> {
+                        for (int round = 0; round < rounds; round++) {
+                            steps.forEach(step -> probe.launchExperts(step, part));
+                        }
+                    });
+        }
+        MoeGraph graph = probe.captureExperts(steps, part, rounds);
+        return new CudaTimer.Work() {
+            @Override
+            public void enqueue() {
+                graph.launch(probe.stream());
+            }
+
+            @Override
+            public void close() {
+                graph.close();
+            }
+        };
+    }
+
+    /** cuBLAS on the same counts, if asked for and there. */
+    private final class Baseline implements AutoCloseable {
+        private final CudaTimer timer;
+        private CudaProbe.Cublas cublas;
+
+        Baseline(BenchCase benchCase, CudaProbe probe, CudaTimer timer, int sets) {
+            this.timer = timer;
+            if (options.baseline() != null) {
+                try {
+                    cublas =
+                            probe.cublas(
+                                    benchCase.counts(),
+                                    benchCase.hidden(),
+                                    benchCase.intermediate(),
+                                    sets);
+                } catch (BackendUnavailableException e) {
+                    notes.add(label(benchCase) + ": no baseline: " + e.getMessage());
+                }
+            }
+        }
+
+        Double us(Part part, int sets) {
+            if (cublas == null) {
+                return null;
+            }
+            Sample sample =
+                    timer.time(
+                            rounds -> {
+                                CudaProbe.Replay replay = cublas.capture(part, sets, rounds);
+                                return new CudaTimer.Work() {
+                                    @Override
+                                    public void enqueue() {
+                                        replay.launch();
+                                    }
+
+                                    @Override
+                                    public void close() {
+                                        replay.close();
+                                    }
+                                };
+                            },
+                            sets);
+            return sample.medianUs();
+        }
+
+        @Override
+        public void close() {
+            if (cublas != null) {
+                cublas.close();
+            }
+        }
+    }
+
+    private static Part part(Stage stage) {
+        return switch (stage) {
+            case G1 -> Part.GATE_UP;
+            case G2 -> Part.DOWN;
+            default -> Part.CHAIN;
+        };
+    }
+
+    private static Cost cost(BenchCase benchCase, Stage stage) {
+        return Cost.experts(
+                stage,
+                benchCase.hidden(),
+                benchCase.intermediate(),
+                benchCase.rows(),
+                benchCase.hitExperts());
+    }
+
+    private static String label(BenchCase benchCase) {
+        return "case "
+                + benchCase.number()
+                + " "
+                + benchCase.model()
+                + " EP"
+                + benchCase.ep()
+                + " T"
+                + benchCase.tokens();
+    }
+
+    // ------------------------------------------------------------------ CPU
+
+    private List<BenchRow> onCpu(BenchCase benchCase) {
+        RandomWeights vectors = vectors(benchCase);
+        MoeConfig config = config(benchCase, vectors);
+        int[] ids = benchCase.deal(config.shape().topK());
+        LayerSet.Input input = LayerSet.Input.of(config, ids, options.seed());
+        try (LayerSet layers = new LayerSet(config, set -> vectors, 1, input, 0)) {
+            layers.runAll();
+            double error = layers.check();
+            Sample sample = cpuTime(layers.layer(), layers.steps().get(0));
+            return List.of(
+                    Rows.row(
+                            "experts",
+                            benchCase,
+                            Stage.CHAIN,
+                            options,
+                            1,
+                            sample,
+                            cost(benchCase, Stage.CHAIN),
+                            null,
+                            null,
+                            error));
+        }
+    }
+
+    private Sample cpuTime(MoeLayer layer, BoundStep step) {
+        List<Double> samples = new ArrayList<>();
+        long warm = System.nanoTime() + 1_000_000L * options.sampleMs();
+        while (System.nanoTime() < warm) {
+            layer.enqueue(0, step);
+        }
+        long end = System.nanoTime() + 1_000_000L * options.sampleMs();
+        while (samples.size() < 5 || System.nanoTime() < end) {
+            layer.enqueue(0, step, Phase.ROUTE, Phase.DISPATCH_RECV);
+            long start = System.nanoTime();
+            layer.enqueue(0, step, Phase.EXPERTS, Phase.EXPERTS);
+            samples.add((System.nanoTime() - start) / 1e3);
+            layer.enqueue(0, step, Phase.COMBINE_SEND, Phase.COMBINE_RECV);
+        }
+        return Sample.of(samples.stream().mapToDouble(d -> d).toArray(), 1);
+    }
+}

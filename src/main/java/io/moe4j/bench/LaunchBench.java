@@ -1,0 +1,131 @@
+package io.moe4j.bench;
+
+import io.moe4j.BoundStep;
+import io.moe4j.MoeConfig;
+import io.moe4j.MoeGraph;
+import io.moe4j.MoeLayer;
+import io.moe4j.RoutingInput;
+import io.moe4j.cuda.CudaProbe;
+import io.moe4j.model.MoeShape;
+import io.moe4j.model.RandomWeights;
+import io.moe4j.model.RoutingRule;
+import java.util.Arrays;
+import java.util.List;
+import java.util.Map;
+
+/**
+ * What the host spends on a step: enqueueing all its kernels, and launching it as a graph. The
+ * layer is small, because host time does not depend on its size.
+ */
+public final class LaunchBench {
+    private static final MoeShape SHAPE = MoeShape.of(1024, 256, 32, 8);
+    private static final int TOKENS = 8;
+    private static final int WARM_UP = 3000;
+    private static final int SAMPLES = 2000;
+    private static final int IN_FLIGHT = 16;
+
+    private final BenchOptions options;
+
+    /** A benchmark with these options; CUDA only. */
+    public LaunchBench(BenchOptions options) {
+        this.options = options;
+    }
+
+    /** Measures both ways with {@code ranks} virtual ranks. */
+    public List<BenchRow> run(int ranks) {
+        RandomWeights vectors = RandomWeights.of(SHAPE, options.seed());
+        MoeConfig config =
+                MoeConfig.builder()
+                        .weights(vectors)
+                        .rule(RoutingRule.softmaxTopK(true))
+                        .routingInput(RoutingInput.HIDDEN)
+                        .ranks(ranks)
+                        .maxTokensPerRank(TOKENS)
+                        .backend("cuda")
+                        .build();
+        LayerSet.Input input = LayerSet.Input.of(config, null, options.seed());
+        try (CudaProbe probe = new CudaProbe();
+                LayerSet layers =
+                        new LayerSet(
+                                config,
+                                set -> CudaProbe.randomWeights(SHAPE, vectors, options.seed()),
+                                1,
+                                input,
+                                probe.stream())) {
+            layers.runAll();
+            double error = layers.check();
+            MoeLayer layer = layers.layer();
+            BoundStep step = layers.steps().get(0);
+            BenchCase ran =
+                    new BenchCase(
+                            0,
+                            "small",
+                            SHAPE.hidden(),
+                            SHAPE.intermediate(),
+                            SHAPE.experts(),
+                            SHAPE.topK(),
+                            ranks,
+                            TOKENS,
+                            "uniform",
+                            RoutingPattern.counts(layers.chosenIds(), 0, SHAPE.experts()),
+                            Map.of());
+            BenchOptions eager = mode(false);
+            BenchOptions graphs = mode(true);
+            Sample enqueue = hostTime(probe, () -> layer.enqueue(probe.stream(), step));
+            Sample launch;
+            try (MoeGraph graph = layer.capture(probe.stream(), step)) {
+                launch = hostTime(probe, () -> graph.launch(probe.stream()));
+            }
+            layers.runAll();
+            options.progress().progress(1, 1);
+            return List.of(
+                    Rows.row(
+                            "launch",
+                            ran,
+                            Stage.HOST_ENQUEUE,
+                            eager,
+                            1,
+                            enqueue,
+                            null,
+                            null,
+                            null,
+                            error),
+                    Rows.row(
+                            "launch",
+                            ran,
+                            Stage.HOST_GRAPH,
+                            graphs,
+                            1,
+                            launch,
+                            null,
+                            null,
+                            null,
+                            error));
+        }
+    }
+
+    private BenchOptions mode(boolean graph) {
+        return new BenchOptions(
+                "cuda", options.seed(), graph, false, null, options.sampleMs(), options.progress());
+    }
+
+    /**
+     * Time of single calls; the queue is drained often enough that no call waits for the device.
+     */
+    private static Sample hostTime(CudaProbe probe, Runnable call) {
+        double[] us = new double[SAMPLES];
+        for (int i = -WARM_UP; i < SAMPLES; i++) {
+            if (i % IN_FLIGHT == 0) {
+                probe.synchronize();
+            }
+            long start = System.nanoTime();
+            call.run();
+            long ns = System.nanoTime() - start;
+            if (i >= 0) {
+                us[i] = ns / 1e3;
+            }
+        }
+        probe.synchronize();
+        return Sample.of(Arrays.copyOf(us, SAMPLES), 1);
+    }
+}

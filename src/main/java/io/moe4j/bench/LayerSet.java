@@ -1,0 +1,231 @@
+package io.moe4j.bench;
+
+import io.moe4j.BoundStep;
+import io.moe4j.Moe;
+import io.moe4j.MoeConfig;
+import io.moe4j.MoeLayer;
+import io.moe4j.RoutingInput;
+import io.moe4j.StepTensors;
+import io.moe4j.checker.Checker;
+import io.moe4j.checker.Float64Oracle;
+import io.moe4j.checker.ReferenceCase;
+import io.moe4j.checker.Routing;
+import io.moe4j.checker.TokenErrors;
+import io.moe4j.model.LayerWeights;
+import io.moe4j.tensor.DType;
+import io.moe4j.tensor.Tensor;
+import java.util.ArrayList;
+import java.util.Arrays;
+import java.util.List;
+import java.util.OptionalDouble;
+import java.util.TreeSet;
+import java.util.function.IntFunction;
+
+/**
+ * Layers that differ in their weights alone, each with the same input bound, so that a benchmark
+ * can rotate them. Owns the layers; one thread.
+ */
+final class LayerSet implements AutoCloseable {
+    private static final int MOST_EXPERTS_CHECKED = 8;
+
+    /**
+     * Input of all ranks; every rank brings M tokens.
+     *
+     * @param hidden [R · M, H], bfloat16 values
+     * @param ids [R · M, K] or null if the layer routes by its own router
+     */
+    record Input(float[] hidden, int[] ids) {
+        /** Random hidden states and given ids. */
+        static Input of(MoeConfig config, int[] ids, long seed) {
+            int tokens = config.ranks() * config.maxTokensPerRank();
+            return new Input(Checker.randomHidden(seed, 0, tokens, config.shape().hidden()), ids);
+        }
+    }
+
+    private final MoeConfig config;
+    private final Input input;
+    private final long stream;
+    private final List<MoeLayer> layers = new ArrayList<>();
+    private final List<BoundStep> steps = new ArrayList<>();
+    private final List<List<StepTensors>> tensors = new ArrayList<>();
+
+    LayerSet(
+            MoeConfig config,
+            IntFunction<LayerWeights> weights,
+            int sets,
+            Input input,
+            long stream) {
+        this.config = config;
+        this.input = input;
+        this.stream = stream;
+        try {
+            for (int set = 0; set < sets; set++) {
+                add(weights.apply(set));
+            }
+        } catch (RuntimeException | Error e) {
+            close();
+            throw e;
+        }
+    }
+
+    private void add(LayerWeights weights) {
+        MoeLayer layer = Moe.open(config.toBuilder().weights(weights).build());
+        layers.add(layer);
+        layer.prepare();
+        List<StepTensors> ranks = new ArrayList<>();
+        for (int rank = 0; rank < config.ranks(); rank++) {
+            ranks.add(load(layer, rank));
+        }
+        tensors.add(ranks);
+        steps.add(layer.bind(ranks));
+    }
+
+    private StepTensors load(MoeLayer layer, int rank) {
+        int m = config.maxTokensPerRank();
+        int h = config.shape().hidden();
+        int k = config.shape().topK();
+        Tensor hidden = layer.memory().allocate(config.hiddenDType(), m, h);
+        Tensor host = Tensor.allocateHost(config.hiddenDType(), m, h);
+        host.writeFloats(input.hidden(), rank * m * h, 0, m * h);
+        layer.memory().write(hidden, host);
+        Tensor count = layer.memory().allocate(DType.I32, 1);
+        layer.memory().write(count, Tensor.ofInts(new int[] {m}, 1));
+        Tensor out = layer.memory().allocate(config.outDType(), m, h);
+        if (config.routingInput() == RoutingInput.HIDDEN) {
+            return StepTensors.hidden(out, hidden, count);
+        }
+        Tensor ids = layer.memory().allocate(DType.I32, m, k);
+        int[] mine = Arrays.copyOfRange(input.ids(), rank * m * k, (rank + 1) * m * k);
+        layer.memory().write(ids, Tensor.ofInts(mine, m, k));
+        float[] equal = new float[m * k];
+        Arrays.fill(equal, 1f / k);
+        Tensor weights = layer.memory().allocate(DType.F32, m, k);
+        layer.memory().write(weights, Tensor.ofFloats(equal, m, k));
+        return StepTensors.topk(out, hidden, ids, weights, count);
+    }
+
+    /** The bound steps, one per weight set. */
+    List<BoundStep> steps() {
+        return steps;
+    }
+
+    /** Layer 0. */
+    MoeLayer layer() {
+        return layers.get(0);
+    }
+
+    /** Runs a whole step on every layer, so that their buffers hold the rows. */
+    void runAll() {
+        for (int set = 0; set < layers.size(); set++) {
+            layers.get(set).enqueue(stream, steps.get(set));
+        }
+        layer().synchronize(stream);
+        layers.forEach(MoeLayer::check);
+    }
+
+    /** The experts that layer 0 chose for all tokens, [R · M, K]. */
+    int[] chosenIds() {
+        int perRank = config.maxTokensPerRank() * config.shape().topK();
+        int[] all = new int[config.ranks() * perRank];
+        for (int rank = 0; rank < config.ranks(); rank++) {
+            int[] ids = new int[perRank];
+            layer().readRouting(rank, ids, new float[perRank]);
+            System.arraycopy(ids, 0, all, rank * perRank, perRank);
+        }
+        return all;
+    }
+
+    /** Output of layer {@code set}, all ranks, [R · M, H]. */
+    float[] output(int set) {
+        int m = config.maxTokensPerRank();
+        int h = config.shape().hidden();
+        float[] all = new float[config.ranks() * m * h];
+        for (int rank = 0; rank < config.ranks(); rank++) {
+            Tensor host = Tensor.allocateHost(config.outDType(), m, h);
+            layers.get(set).memory().read(host, tensors.get(set).get(rank).out());
+            host.readFloats(0, all, rank * m * h, m * h);
+        }
+        return all;
+    }
+
+    /**
+     * Compares some tokens of layer 0's output with float64.
+     *
+     * @return the largest relative L2 error of a token
+     * @throws IllegalStateException if it is too large, so that nothing wrong is timed
+     */
+    double check() {
+        MoeConfig exact = layer().config();
+        float[] out = output(0);
+        int[] ids = chosenIds();
+        int h = config.shape().hidden();
+        double tolerance = new Checker(OptionalDouble.empty()).toleranceOf(layer().backend());
+        double worst = 0;
+        for (int token : tokensToCheck(ids)) {
+            double[] want = expected(exact, token, ids);
+            float[] got = Arrays.copyOfRange(out, token * h, (token + 1) * h);
+            double error = TokenErrors.of(got, want, 1, h).max();
+            if (!(error <= tolerance)) {
+                throw new IllegalStateException(
+                        "token "
+                                + token
+                                + " is off by "
+                                + error
+                                + " (tolerance "
+                                + tolerance
+                                + "): a wrong result is not timed");
+            }
+            worst = Math.max(worst, error);
+        }
+        return worst;
+    }
+
+    private double[] expected(MoeConfig exact, int token, int[] ids) {
+        int h = config.shape().hidden();
+        int k = config.shape().topK();
+        float[] row = Arrays.copyOfRange(input.hidden(), token * h, (token + 1) * h);
+        int[] chosen = Arrays.copyOfRange(ids, token * k, (token + 1) * k);
+        Float64Oracle oracle = Float64Oracle.of(exact);
+        if (config.routingInput() == RoutingInput.HIDDEN) {
+            ReferenceCase reference = oracle.expect(0, row, 1);
+            Arrays.sort(chosen);
+            if (!Arrays.equals(chosen, reference.routing().sortedIds(0))) {
+                throw new IllegalStateException(
+                        "token " + token + " went to other experts than in float64");
+            }
+            return reference.full();
+        }
+        float[] equal = new float[k];
+        Arrays.fill(equal, 1f / k);
+        double[] sum = oracle.routed(row, new Routing(1, k, chosen, equal));
+        if (exact.usesSharedExpert()) {
+            double[] shared = oracle.shared(row, 1);
+            for (int i = 0; i < sum.length; i++) {
+                sum[i] += shared[i];
+            }
+        }
+        return sum;
+    }
+
+    /** First, last and middle token, as long as they do not need too many experts decoded. */
+    private TreeSet<Integer> tokensToCheck(int[] ids) {
+        int k = config.shape().topK();
+        int tokens = ids.length / k;
+        TreeSet<Integer> chosen = new TreeSet<>();
+        int experts = 0;
+        for (int token : new int[] {0, tokens - 1, tokens / 2}) {
+            int[] row = Arrays.copyOfRange(ids, token * k, (token + 1) * k);
+            int needs = (int) Arrays.stream(row).filter(id -> id >= 0).count();
+            if (chosen.isEmpty() || experts + needs <= MOST_EXPERTS_CHECKED) {
+                experts += chosen.add(token) ? needs : 0;
+            }
+        }
+        return chosen;
+    }
+
+    @Override
+    public void close() {
+        layers.forEach(MoeLayer::close);
+        layers.clear();
+    }
+}

@@ -1,0 +1,28 @@
+package io.moe4j.bench;
+
+/** What a row of a report timed. */
+public enum Stage {
+    /** The gate/up product, with the activation in its epilogue. */
+    G1("g1"),
+    /** The down product. */
+    G2("g2"),
+    /** Gate/up, activation, down. */
+    CHAIN("ch"),
+    /** The whole step, router to combine. */
+    STEP("step"),
+    /** Host time of enqueueing a whole step. */
+    HOST_ENQUEUE("enqueue"),
+    /** Host time of launching a graph of a whole step. */
+    HOST_GRAPH("graph_launch");
+
+    private final String id;
+
+    Stage(String id) {
+        this.id = id;
+    }
+
+    /** The name in reports and case files. */
+    public String id() {
+        return id;
+    }
+}
