@@ -14,7 +14,7 @@
  *
  * -DRANKS=2..3   -DFIRST_STEPS=n of generation 0   -DEXPIRIES=n   -DGENERATIONS=1|2   -DSPLIT_WIRE payload and flag land one by one
  * -DNO_WIRE      stores land as issued, one destination after the other (for 3 ranks)
- * -DDEATH        the last rank may die before any stage of generation 0
+ * -DDEATH        the last rank may die before any stage of generation 0; with one expiry, that of another
  * -DHOST_STOPS   the host of a rank with a fault may enqueue no further step (AS_IMPLEMENTED only;
  *                otherwise it always may)
  * -DEVICT        the last rank does not come to recover(), and runs on as a zombie
@@ -135,6 +135,8 @@ end:
 #define ALL_HERE(flags) (HERE(flags, 0) && HERE(flags, 1) && HERE(flags, 2) && HERE(flags, 3))
 #if defined(NO_GENERATION) || defined(UNCHECKED)
 #define LEVEL(flags, i) true
+#elif defined(AS_IMPLEMENTED)
+#define LEVEL(flags, i) (!PEER(i) || WORD(flags, i) == e || WORD(flags, i) == ABORT)
 #else
 #define LEVEL(flags, i) (!PEER(i) || WORD(flags, i) == e)
 #endif
@@ -142,7 +144,7 @@ end:
     assert(LEVEL(flags, 0) && LEVEL(flags, 1) && LEVEL(flags, 2) && LEVEL(flags, 3))
 
 #ifdef AS_IMPLEMENTED
-#define ABORTS(flags, i) (PEER(i) && WORD(flags, i) == ABORT && HERE(flags, i))
+#define ABORTS(flags, i) (PEER(i) && !SEEN(i) && WORD(flags, i) == ABORT && HERE(flags, i))
 #elif defined(ABORT_WITHOUT_GENERATION)
 #define ABORTS(flags, i) (PEER(i) && WORD(abort_word, i) != 0)
 #else
@@ -150,13 +152,22 @@ end:
 #endif
 #define ABORTED(flags) (ABORTS(flags, 0) || ABORTS(flags, 1) || ABORTS(flags, 2) || ABORTS(flags, 3))
 #ifdef AS_IMPLEMENTED
-#define GOOD(flags) (ALL_HERE(flags) && !ABORTED(flags))
+/* Thread i polls flag i until it is there, and looks no more */
+#define SEEN(i) ((seen >> (i)) % 2 == 1)
+#define DONE(i) (!PEER(i) || SEEN(i))
+#define LOOK(flags, i) atomic { !fault && PEER(i) && !SEEN(i) && HERE(flags, i) && WORD(flags, i) != ABORT -> seen = seen | (1 << (i)) }
+#define GOOD(flags) (DONE(0) && DONE(1) && DONE(2) && DONE(3))
 #define ENDED(flags) ABORTED(flags)
 #else
 #define GOOD(flags) ALL_HERE(flags)
 #define ENDED(flags) (!ALL_HERE(flags) && ABORTED(flags))
 #endif
-#define MAY_EXPIRE(flags) (!ALL_HERE(flags) && generation == 0 && expiries < EXPIRIES)
+#if defined(DEATH) && EXPIRIES == 1
+#define MORTAL(process) ((process) == RANKS - 1)    /* it must not use up the one expiry */
+#else
+#define MORTAL(process) false
+#endif
+#define MAY_EXPIRE(flags) (!ALL_HERE(flags) && generation == 0 && expiries < EXPIRIES && !MORTAL(me))
 
 #ifdef NOT_SILENT
 #define SENDS true
@@ -231,6 +242,12 @@ end:
     && sent_abort[AT((i) % N, me)] == NONE))
 #define STREAM_ENDED (WIRE_EMPTY(0) && WIRE_EMPTY(1) && WIRE_EMPTY(2) && WIRE_EMPTY(3))
 
+#ifdef AS_IMPLEMENTED
+#define FORGET_SEEN seen = 0
+#else
+#define FORGET_SEEN skip
+#endif
+
 proctype Rank(byte me; byte generation) {
     byte members = (generation == 0 -> EVERYONE : NEXT_MEMBERS);
     byte e = generation * 4;
@@ -239,6 +256,9 @@ proctype Rank(byte me; byte generation) {
     byte i = 0;
     bit fault = 0;              /* arrivals[kFaultClaimed] */
     bit told = 0;
+#ifdef AS_IMPLEMENTED
+    byte seen = 0;
+#endif
 
 next_step:
     if
@@ -253,12 +273,18 @@ next_step:
     SEND(recv, dispatch_flag);
     MAY_DIE;
     /* moe_dispatch_recv */
-    if
-    :: atomic { fault -> skip }
-    :: d_step { !fault && GOOD(dispatch_flag) -> NOBODY_IS_AHEAD(dispatch_flag); READ_ALL(recv, 0) }
-    :: d_step { !fault && ENDED(dispatch_flag) -> fault = 1 }
-    :: d_step { !fault && MAY_EXPIRE(dispatch_flag) -> expiries++; fault = 1 }
-    fi;
+    do
+    :: atomic { fault -> break }
+    :: d_step { !fault && GOOD(dispatch_flag) -> NOBODY_IS_AHEAD(dispatch_flag); READ_ALL(recv, 0) }; break
+    :: d_step { !fault && ENDED(dispatch_flag) -> fault = 1 }; break
+    :: d_step { !fault && MAY_EXPIRE(dispatch_flag) -> expiries++; fault = 1 }; break
+#ifdef AS_IMPLEMENTED
+    :: LOOK(dispatch_flag, 0)
+    :: LOOK(dispatch_flag, 1)
+    :: LOOK(dispatch_flag, 2)
+#endif
+    od;
+    FORGET_SEEN;
     TELL_PEERS;
     MAY_DIE;
     /* GEMMs and moe_combine_send; after a fault nothing is read */
@@ -269,17 +295,29 @@ next_step:
     SEND(combined, combine_flag);
     MAY_DIE;
     /* moe_combine_recv: the wait and first read; last read and publish_step */
-    if
-    :: atomic { fault -> skip }
-    :: d_step { !fault && GOOD(combine_flag) -> NOBODY_IS_AHEAD(combine_flag); READ_ALL(combined, 0) }
-       d_step { READ_ALL(combined, 1); valid = e }
-    :: d_step { !fault && ENDED(combine_flag) -> fault = 1 }
-    :: d_step { !fault && MAY_EXPIRE(combine_flag) -> expiries++; fault = 1 }
-    fi;
+    do
+    :: atomic { fault -> break }
+    :: d_step { !fault && GOOD(combine_flag) -> NOBODY_IS_AHEAD(combine_flag); READ_ALL(combined, 0) };
+       d_step { READ_ALL(combined, 1); valid = e }; break
+    :: d_step { !fault && ENDED(combine_flag) -> fault = 1 }; break
+    :: d_step { !fault && MAY_EXPIRE(combine_flag) -> expiries++; fault = 1 }; break
+#ifdef AS_IMPLEMENTED
+    :: LOOK(combine_flag, 0)
+    :: LOOK(combine_flag, 1)
+    :: LOOK(combine_flag, 2)
+#endif
+    od;
+    FORGET_SEEN;
     TELL_PEERS;
     goto next_step;
 
 ended:
+#if defined(AS_IMPLEMENTED) && !defined(HOST_STOPS)
+    if                          /* the host goes on: the flags of the next step */
+    :: fault -> SEND(recv, dispatch_flag); SEND(combined, combine_flag)
+    :: else
+    fi;
+#endif
     assert(fault || valid == e);
     assert(!fault || expiries > 0);
     assert(generation == 0 || !fault);
