@@ -34,4 +34,4 @@ format: ## format all sources
 clean: ## remove everything that was built
 	@$(MVN) -B -q clean
 
-include kernels.mk native.mk bundle.mk
+include kernels.mk native.mk bundle.mk model.mk
