@@ -1,7 +1,6 @@
 package io.moe4j.bench;
 
 import java.util.ArrayList;
-import java.util.Arrays;
 import java.util.LinkedHashMap;
 import java.util.LinkedHashSet;
 import java.util.List;
@@ -27,7 +26,9 @@ public record Chart(Kind kind, String title, String xTitle, String yTitle, List<
         LATENCY,
         /** Median / floor of each case, bars beside those of peers. */
         FLOOR,
-        /** GFLOP/s over operations per byte, below the roofs of the floor's machine. */
+        /**
+         * GFLOP/s of the chain over operations per byte, below the roofs of the floor's machine.
+         */
         ROOFLINE;
 
         @Override
@@ -148,11 +149,17 @@ public record Chart(Kind kind, String title, String xTitle, String yTitle, List<
     private static Chart roofline(BenchReport report) {
         Map<String, TreeMap<Double, Double>> points = new LinkedHashMap<>();
         for (BenchRow row : report.rows()) {
-            if (row.floorUs() == null || !row.bench().equals("experts")) {
+            if (row.floorUs() == null || !row.stage().equals(Stage.CHAIN.id())) {
                 continue;
             }
-            Cost cost = cost(row);
-            points.computeIfAbsent(row.model() + " " + row.stage(), n -> new TreeMap<>())
+            Cost cost =
+                    Cost.experts(
+                            Stage.CHAIN,
+                            row.hidden(),
+                            row.intermediate(),
+                            row.rows(),
+                            row.hitExperts());
+            points.computeIfAbsent(row.model(), n -> new TreeMap<>())
                     .put(cost.flops() / cost.bytes(), row.tflops() * 1e3);
         }
         List<Series> series = new ArrayList<>();
@@ -168,19 +175,10 @@ public record Chart(Kind kind, String title, String xTitle, String yTitle, List<
         }
         return new Chart(
                 Kind.ROOFLINE,
-                title(report, "Experts: rate over intensity"),
+                title(report, "Expert chain: rate over intensity"),
                 "operations per byte",
                 "GFLOP/s",
                 series);
-    }
-
-    private static Cost cost(BenchRow row) {
-        Stage stage =
-                Arrays.stream(Stage.values())
-                        .filter(s -> s.id().equals(row.stage()))
-                        .findFirst()
-                        .orElseThrow();
-        return Cost.experts(stage, row.hidden(), row.intermediate(), row.rows(), row.hitExperts());
     }
 
     private static String title(BenchReport report, String what) {
