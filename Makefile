@@ -4,7 +4,7 @@ DEMO_CHECKPOINT ?= src/test/resources/golden/qwen3_moe
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test format clean
+.PHONY: help demo build test format bench-docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
@@ -30,6 +30,9 @@ test: kernels ## run all tests and the format check
 
 format: ## format all sources
 	@$(MVN) -B -q spotless:apply
+
+bench-docs: ## write the figures and plots of the documentation from bench/results
+	@$(MVN) -B -q test -Dtest=BenchDocsTest -DbenchDocs=write
 
 clean: ## remove everything that was built
 	@$(MVN) -B -q clean

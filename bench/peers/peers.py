@@ -519,7 +519,13 @@ def measure_machine(device):
     return result
 
 
+class Unprepared(Exception):
+    """A peer that failed on a case before; its message is complete."""
+
+
 def first_line(error):
+    if isinstance(error, Unprepared):
+        return str(error)
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"[:300]
 
@@ -557,7 +563,7 @@ def worker():
                 prepared[peer] = first_line(error)
                 raise
         if isinstance(prepared[peer], str):
-            raise RuntimeError(prepared[peer])
+            raise Unprepared(prepared[peer])
         ready = prepared[peer]
         sample = device.time(ready.runs(stage))
         return {**sample, "checked_error": ready.errors[stage], "config": ready.config(stage)}
@@ -623,6 +629,7 @@ class Run:
             (number, stage, peer) for number in by_number for stage in STAGES for peer in PEERS
         ]
         self.done = len(self.todo)
+        self.broken = {}
         self.report = {
             "gpu": None,
             "driver": (nvidia_smi("driver_version") or [None])[0],
@@ -695,7 +702,7 @@ class Run:
             lines.put(None)
 
         threading.Thread(target=read, daemon=True).start()
-        current, finished, why = None, 0, None
+        current, finished, why, hung = None, 0, None, False
         try:
             process.stdin.write(json.dumps(job) + "\n")
             process.stdin.close()
@@ -706,7 +713,7 @@ class Run:
                 try:
                     line = lines.get(timeout=self.args.timeout)
                 except queue.Empty:
-                    why = f"no answer in {self.args.timeout} s"
+                    why, hung = f"no answer in {self.args.timeout} s", True
                     break
                 if line is None:
                     break
@@ -728,8 +735,18 @@ class Run:
             if why is None:
                 why = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             self.finish(current, None, "the measuring process ended: " + why)
+            self.give_up(current, hung)
             finished += 1
         return finished > 0
+
+    def give_up(self, broken, hung):
+        """A peer that ended the process loses the case; one that does so again, or hangs, the rest."""
+        number, _, peer = broken
+        self.broken[peer] = self.broken.get(peer, 0) + 1
+        everywhere = hung or self.broken[peer] > 1
+        for key in list(self.todo):
+            if key[2] == peer and (everywhere or key[0] == number):
+                self.finish(key, None, f"not tried: it ended the process in case {number}")
 
     def run(self):
         while self.todo:

@@ -32,7 +32,7 @@ work=$(cd target/bundle-work && pwd)
 "$mvn" -B -q help:evaluate -Dexpression=junit.platform.version "-Doutput=$work/junit-version" >/dev/null
 junit=$(cat "$work/junit-version")
 "$mvn" -B -q dependency:copy-dependencies -DincludeScope=test \
-    -DexcludeArtifactIds=onnxruntime \
+    -DexcludeArtifactIds=onnxruntime,xchart,VectorGraphics2D \
     -DexcludeGroupIds=com.tngtech.archunit,org.junit.jupiter,org.junit.platform,org.opentest4j,org.apiguardian,org.slf4j \
     "-DoutputDirectory=$work/jars"
 "$mvn" -B -q dependency:copy "-DoutputDirectory=$work/jars" \
@@ -80,6 +80,9 @@ if [ -d "$jdk/jmods" ]; then path="--module-path $jdk/jmods"; else path=; fi
 
 cp src/main/bundle/run "$bundle/run"
 chmod 755 "$bundle/run"
+mkdir -p "$bundle/bench/peers"
+cp bench/cases.json bench/prefill.json "$bundle/bench/"
+cp bench/peers/*.py "$bundle/bench/peers/"
 if [ -x target/step_main ]; then
     cp target/step_main "$bundle/step_main"
 fi

@@ -140,6 +140,15 @@ class ArchitectureTest {
                     .resideInAnyPackage("jcuda..", "com.sun.jna..");
 
     @ArchTest
+    static final ArchRule onlyTheWriterOfPlotsNeedsJavaDesktop =
+            noClasses()
+                    .that()
+                    .doNotHaveSimpleName("ChartWriter")
+                    .should()
+                    .dependOnClassesThat()
+                    .resideInAnyPackage("org.knowm..", "java.awt..", "javax.swing..");
+
+    @ArchTest
     static final ArchRule theCoreNeedsNoLibrary =
             noClasses()
                     .that()

@@ -6,12 +6,12 @@ import java.util.function.IntFunction;
 /** Times captured graphs and launches on the device, by events. One thread. */
 final class CudaTimer {
     /** A graph this long hides what its launch costs. */
-    private static final double GRAPH_US = 600;
+    static final double GRAPH_US = 600;
 
-    private static final int MOST_ROUNDS = 64;
-    private static final int MOST_SAMPLES = 1000;
-    private static final int FEWEST_SAMPLES = 20;
-    private static final double WARM_UP_US = 20_000;
+    static final int MOST_ROUNDS = 64;
+    static final int MOST_SAMPLES = 1000;
+    static final int FEWEST_SAMPLES = 20;
+    static final double WARM_UP_US = 20_000;
 
     private final CudaProbe probe;
     private final int sampleMs;

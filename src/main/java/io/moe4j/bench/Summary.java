@@ -125,7 +125,10 @@ public record Summary(
 
     static double geometric(List<BenchRow> rows, ToDoubleFunction<BenchRow> value) {
         return Math.exp(
-                rows.stream().mapToDouble(r -> Math.log(value.applyAsDouble(r))).average().orElse(0));
+                rows.stream()
+                        .mapToDouble(r -> Math.log(value.applyAsDouble(r)))
+                        .average()
+                        .orElse(0));
     }
 
     /** The summary for people, one Markdown list item a line. */
@@ -133,10 +136,14 @@ public record Summary(
         List<String> lines = new ArrayList<>();
         for (StageMeans mean : stages) {
             lines.add(
-                    text("- %s, %d rows: geometric mean %.2f × floor", mean.stage, mean.rows, mean.timesFloor)
+                    text(
+                                    "- %s, %d rows: geometric mean %.2f × floor",
+                                    mean.stage, mean.rows, mean.timesFloor)
                             + (mean.timesPeer == null
                                     ? ""
-                                    : text(", %.2f × the fastest peer of the run", mean.timesPeer)));
+                                    : text(
+                                            ", %.2f × the fastest peer of the run",
+                                            mean.timesPeer)));
         }
         lines.add(
                 "- slower than the fastest peer of the run: "

@@ -27,6 +27,7 @@ import picocli.CommandLine.ScopeType;
             CheckCommand.class,
             PlanCommand.class,
             BenchCommand.class,
+            PlotCommand.class,
             InfoCommand.class,
             CommandLine.HelpCommand.class
         },

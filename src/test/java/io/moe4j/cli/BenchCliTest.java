@@ -91,10 +91,30 @@ class BenchCliTest {
         assertThat(run(call + " --compare " + file).exitCode()).isZero();
     }
 
+    @Test
+    void shouldShowPeersBesideAnOldReport() {
+        String samples = "src/test/resources/bench/";
+        Run run = run("bench show " + samples + "report.json --peers " + samples + "peers.json");
+        assertThat(run.exitCode()).as(run.err()).isZero();
+        assertThat(run.out()).contains("| triton_masked 50.0 | 1.70 |");
+    }
+
+    @Test
+    void shouldPlotAReport() throws IOException {
+        Path file = folder.resolve("plot.svg");
+        Run run = run("plot bench/results/2026-11-22-h200/chain.json -o " + file);
+        assertThat(run.exitCode()).as(run.err()).isZero();
+        assertThat(Files.readString(file)).contains("qwen3-30b-a3b EP1 step | 128.0 | 38");
+    }
+
     @ParameterizedTest
     @CsvSource(
             delimiter = '|',
             value = {
+                "bench experts --peers missing.json | missing.json does not exist",
+                "plot missing.json -o x.svg | missing.json does not exist",
+                "plot missing.json -o x.pdf | ends with neither",
+                "plot missing.json | Missing required option",
                 "bench | Missing subcommand",
                 "bench experts --preset nope | unknown preset nope",
                 "bench experts --experts 4 | a custom layer needs",
