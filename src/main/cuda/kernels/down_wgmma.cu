@@ -19,12 +19,6 @@ void moe_down_wgmma_few(const __grid_constant__ moe::StepParams p) {
         moe::down_operands(p, me), me, moe::DownEpilogue{});
 }
 
-extern "C" __global__ __launch_bounds__(moe::kWgmmaThreads, 2)
-void moe_down_wgmma_some(const __grid_constant__ moe::StepParams p) {
-    const moe::LocalRank& me = p.locals[blockIdx.y];
-    moe::masked_gemm_wgmma<moe::SomeRows, true>(
-        moe::down_operands(p, me), me, moe::DownEpilogue{});
-}
 extern "C" __global__ __launch_bounds__(moe::kWgmmaThreads, 1)
 void moe_shared_down_wgmma(const __grid_constant__ moe::StepParams p) {
     const moe::LocalRank& me = p.locals[blockIdx.y];

@@ -19,12 +19,6 @@ void moe_gate_up_wgmma_few(const __grid_constant__ moe::StepParams p) {
         moe::gate_up_operands(p, me), me, moe::GateUpEpilogue{moe::Activation(p.activation, p.alpha, p.limit)});
 }
 
-extern "C" __global__ __launch_bounds__(moe::kWgmmaThreads, 2)
-void moe_gate_up_wgmma_some(const __grid_constant__ moe::StepParams p) {
-    const moe::LocalRank& me = p.locals[blockIdx.y];
-    moe::masked_gemm_wgmma<moe::SomeRows, false>(
-        moe::gate_up_operands(p, me), me, moe::GateUpEpilogue{moe::Activation(p.activation, p.alpha, p.limit)});
-}
 extern "C" __global__ __launch_bounds__(moe::kWgmmaThreads, 1)
 void moe_shared_gate_up_wgmma(const __grid_constant__ moe::StepParams p) {
     const moe::LocalRank& me = p.locals[blockIdx.y];

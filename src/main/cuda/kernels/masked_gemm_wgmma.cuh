@@ -12,6 +12,9 @@
 // Launched with programmatic dependence or without. What does not depend on the previous kernel is
 // read first: all counts and weights where kCountsAreFinal, else nothing.
 #pragma once
+#include <algorithm>
+#include <type_traits>
+
 #include "../comm/signal.cuh"
 #include "../ptx/bulk_copy.cuh"
 #include "../ptx/cp_async.cuh"
@@ -24,81 +27,77 @@
 
 namespace moe {
 
+#ifdef MOE_TRACE
+__device__ unsigned long long moe_trace[2][264][8];
+#define TRACE(down, event) do { unsigned long long t_; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t_)); moe_trace[down][blockIdx.x][event] = t_; } while (0)
+#else
+#define TRACE(down, event)
+#endif
+
 constexpr int kWgmmaThreads = 384;
 constexpr int kMultiplyThreads = 256;
 constexpr int kGatherThreads = 64;
 static_assert(kMultiplyThreads == scheduler::kThreads, "the scan uses as many threads");
 
-// Of the 168 that 384 threads may have each at launch.
-constexpr int kMultiplierRegisters = 208;
-constexpr int kProducerRegisters = 88;
-static_assert(2 * kMultiplierRegisters + kProducerRegisters <= 3 * 168,
-              "a warpgroup waits forever for registers that the CTA does not have");
+// The widths a shape may multiply, ascending; rows take the narrowest that holds them.
+template <int... kWidths>
+struct Widths {
+    static constexpr int kMost = std::max({kWidths...});
+
+    __device__ static constexpr int columns_for(int rows) {
+        int columns = kMost;
+        ((columns = rows <= kWidths && kWidths < columns ? kWidths : columns), ...);
+        return columns;
+    }
+
+    // Calls f with the width as a constant.
+    template <class F>
+    __device__ __forceinline__ static void dispatch(int columns, const F& f) {
+        (void)((columns == kWidths && (f(std::integral_constant<int, kWidths>()), true)) || ...);
+    }
+};
 
 // One CTA on an SM, any count of rows.
 struct ManyRows {
-    static constexpr int kMaxColumns = 256;
+    using Columns = Widths<8, 16, 32, 64, 96, 128, 144, 192, 240>;
     static constexpr int kWeightStages = 6;
     static constexpr int kTokenSlots = 4;
-    static constexpr int kSlotBytes = 256 * kRowBytes;
-    static constexpr bool kMovesRegisters = true;
-    static constexpr bool kLeavesEarly = true;
-    static constexpr bool kCuts = true;
-
-    __device__ static constexpr int columns_for(int rows) {
-        return rows <= 8     ? 8
-               : rows <= 16  ? 16
-               : rows <= 32  ? 32
-               : rows <= 64  ? 64
-               : rows <= 96  ? 96
-               : rows <= 128 ? 128
-               : rows <= 144 ? 144
-               : rows <= 192 ? 192
-               : rows <= 224 ? 224
-                             : 256;
-    }
+    static constexpr int kSlotBytes = 240 * kRowBytes;
+    // Registers: 384 threads may have 168 each at launch.
+    static constexpr int kCtasOfSm = 1;
+    static constexpr int kMultiplierRegisters = 208;
+    static constexpr int kProducerRegisters = 88;
+    static constexpr int kPending = 1;  // k blocks in flight when a stage is left
+    // Clocks of a k block: besides its products, and least with weights from memory
+    static constexpr int kOverhead = 64;
+    static constexpr int kStreamed = 448;
 };
 
-// Two CTAs share an SM. Fewer widths, so little code: a kernel's start waits for its instructions.
+// Two CTAs fit an SM: this grid's and the next one's, which may so begin to stream.
 struct FewRows {
-    static constexpr int kMaxColumns = 32;
-    static constexpr int kWeightStages = 5;
-    static constexpr int kTokenSlots = 3;
-    static constexpr int kSlotBytes = 64 * kRowBytes;
-    static constexpr bool kMovesRegisters = false;
-    static constexpr bool kLeavesEarly = false;
-    static constexpr bool kCuts = false;
-
-    __device__ static constexpr int columns_for(int rows) {
-        return rows <= 8 ? 8 : (rows <= 16 ? 16 : 32);
-    }
-};
-
-// As FewRows, with deeper slots for more tokens.
-struct SomeRows {
-    static constexpr int kMaxColumns = 64;
+    using Columns = Widths<8, 16, 24, 32, 48, 72, 104>;
     static constexpr int kWeightStages = 4;
     static constexpr int kTokenSlots = 3;
-    static constexpr int kSlotBytes = 128 * kRowBytes;
-    static constexpr bool kMovesRegisters = false;
-    static constexpr bool kLeavesEarly = false;
-    static constexpr bool kCuts = false;
-
-    __device__ static constexpr int columns_for(int rows) {
-        return rows <= 16 ? 16 : (rows <= 32 ? 32 : (rows <= 48 ? 48 : 64));
-    }
+    static constexpr int kSlotBytes = 104 * kRowBytes;
+    // 80 each at launch
+    static constexpr int kCtasOfSm = 2;
+    static constexpr int kMultiplierRegisters = 96;
+    static constexpr int kProducerRegisters = 48;
+    static constexpr int kPending = 0;
+    static constexpr int kOverhead = 128;
+    static constexpr int kStreamed = 448;
 };
 
 // k blocks in a slot of token columns.
 template <class Shape>
 __device__ __forceinline__ constexpr int k_blocks_of_slot(int columns) {
-    return Shape::kSlotBytes / (columns * kRowBytes) < 4 ? Shape::kSlotBytes / (columns * kRowBytes) : 4;
+    const int blocks = Shape::kSlotBytes / (columns * kRowBytes);
+    return blocks < 4 ? blocks : 4;
 }
 
 // Listed by the thread that streams weights, which is at most a ring of k blocks, so of pieces, ahead.
 constexpr int kPieces = 8;
-static_assert(ManyRows::kWeightStages + 1 < kPieces && FewRows::kWeightStages + 1 < kPieces &&
-                  SomeRows::kWeightStages + 1 < kPieces,
+static_assert(ManyRows::kWeightStages + 1 < kPieces && FewRows::kWeightStages + 1 < kPieces,
               "a listed piece stays until it is done");
 
 template <class Shape>
@@ -107,21 +106,21 @@ struct WgmmaShared {
     uint64_t weights_free[Shape::kWeightStages];
     uint64_t tokens_ready[Shape::kTokenSlots];
     uint64_t tokens_free[Shape::kTokenSlots];
-    typename scheduler::Shares<Shape>::Shared shares;
+    scheduler::Counts counts;
     scheduler::Piece pieces[kPieces];
+    uint32_t sources[2][Shape::Columns::kMost];  // 16-byte chunk where a token row begins
     GemmOperands operands;  // why here: in registers they would cost the multipliers theirs
 };
 
 template <class Shape>
 constexpr int kWgmmaRingBytes =
     Shape::kWeightStages * kTileBytes + Shape::kTokenSlots * Shape::kSlotBytes;
-constexpr int kWgmmaExtraBytes = 1024;
 template <class Shape>
-constexpr int kWgmmaSharedBytes = kWgmmaRingBytes<Shape> + kWgmmaExtraBytes;
-static_assert(sizeof(WgmmaShared<ManyRows>) <= kWgmmaExtraBytes, "barriers lie behind the rings");
+constexpr int kWgmmaExtraBytes = (sizeof(WgmmaShared<Shape>) + 127) / 128 * 128;
+template <class Shape>
+constexpr int kWgmmaSharedBytes = kWgmmaRingBytes<Shape> + kWgmmaExtraBytes<Shape>;
 static_assert(kWgmmaSharedBytes<ManyRows> <= 227 * 1024, "one CTA fits an SM of sm_90");
-static_assert(2 * (kWgmmaSharedBytes<SomeRows> + 1024) <= 228 * 1024 &&
-                  2 * (kWgmmaSharedBytes<FewRows> + 1024) <= 228 * 1024,
+static_assert(2 * (kWgmmaSharedBytes<FewRows> + 1024) <= 228 * 1024,
               "two CTAs fit an SM of sm_90");
 
 // A position in a ring and the parity of its barriers' phase.
@@ -154,128 +153,111 @@ __device__ __forceinline__ uint32_t barrier_at(uint32_t barriers, int index) {
 }
 
 // Warpgroup 2, one thread. What it arrives at with the first k block of a piece also publishes the
-// piece, with the last whether it was the CTA's last.
+// piece; after the last comes one without k blocks. Not live: up to the first copy.
 template <class Shape>
 __device__ __forceinline__ void stream_weights(WgmmaShared<Shape>& shared, const Rings<Shape>& rings,
-                                               scheduler::Shares<Shape> shares) {
+                                               scheduler::Shares<Shape> shares, bool live) {
     RingPosition<Shape::kWeightStages> stage;
     const GemmOperands& g = shared.operands;
     scheduler::Piece piece;
-    if (!shares.next(piece)) {
-        shared.pieces[0].k_end = 0;
-        ptx::mbarrier_arrive(rings.weights_ready);
-        return;
-    }
-    bool more = true;
-    for (int number = 0; more; number++) {
+    int number = 0;
+    while (shares.next(piece)) {
         const uint8_t* tile = reinterpret_cast<const uint8_t*>(
             g.weights + tile_offset(piece.work.expert, piece.work.row_tile, piece.k_begin, g.row_tiles,
                                     g.k_blocks));
-        const int k_begin = piece.k_begin;
-        const int k_end = piece.k_end;
-        scheduler::Piece& listed = shared.pieces[number % kPieces];
+        const uint64_t policy = piece.once ? ptx::evict_first() : ptx::evict_normal();
+        if (!live) {
+            ptx::keep(tile, policy);
+            return;
+        }
+        scheduler::Piece& listed = shared.pieces[number++ % kPieces];
 #pragma unroll 1
-        for (int k = k_begin; k < k_end; k++) {
+        for (int k = piece.k_begin; k < piece.k_end; k++) {
             ptx::mbarrier_wait(barrier_at(rings.weights_free, stage.index), stage.parity ^ 1);
             const uint32_t ready = barrier_at(rings.weights_ready, stage.index);
             // why: before the arrival, so that listing costs the copy no time
-            ptx::bulk_copy(rings.weights + stage.index * kTileBytes, tile, kTileBytes, ready);
-            if (k == k_begin) {
+            ptx::bulk_copy(rings.weights + stage.index * kTileBytes, tile, kTileBytes, ready, policy);
+            if (k == piece.k_begin) {
                 listed = piece;
-            }
-            if (k + 1 == k_end) {
-                more = shares.next(piece);
-                listed.last = !more;
             }
             ptx::mbarrier_arrive_expect(ready, kTileBytes);
             tile += kTileBytes;
             stage.step();
         }
     }
+    if (live) {
+        ptx::mbarrier_wait(barrier_at(rings.weights_free, stage.index), stage.parity ^ 1);
+        shared.pieces[number % kPieces].k_end = 0;
+        ptx::mbarrier_arrive(barrier_at(rings.weights_ready, stage.index));
+    }
 }
 
-// A thread copies 16-byte chunk c of rows r, r + 8, .. of each k block.
-template <int kColumns, class Shape>
-__device__ __forceinline__ void gather_piece(const Rings<Shape>& rings,
-                                             RingPosition<Shape::kTokenSlots>& slot,
-                                             const GemmOperands& g, const scheduler::Piece& piece) {
-    constexpr int kGroup = k_blocks_of_slot<Shape>(kColumns);
-    constexpr int kPasses = kColumns / 8;
+// Warpgroup 2, warps 1 and 2. A thread copies 16-byte chunk c of rows r, r + 8, .. of each k block.
+// Before its first copy it waits for the previous grid, if the caller has not. Not live: up to there.
+template <bool kWaits, class Shape>
+__device__ __forceinline__ void gather_tokens(WgmmaShared<Shape>& shared, const Rings<Shape>& rings,
+                                              scheduler::Shares<Shape> shares, bool live) {
+    bool waits = kWaits;
+    const GemmOperands& g = shared.operands;
     const int thread = threadIdx.x % 128 - 32;
     const int row0 = thread / 8;
     const int chunk = thread % 8;
-    const int rows = piece.work.rows;
-    const int64_t first = g.first_row(piece.work);
-    // why: 32 bits of 16-byte chunks reach 64 GiB, and there are many of them
-    uint32_t source[kPasses];
-#pragma unroll
-    for (int i = 0; i < kPasses; i++) {
-        // why: a copy of the last row is cheaper than a branch; its products are not stored
-        const int64_t packed = first + min(row0 + 8 * i, rows - 1);
-        const int64_t from = g.gather == nullptr ? packed : g.gather[packed];
-        source[i] = static_cast<uint32_t>(from * (g.k_blocks * 8)) + chunk;
-    }
-    const bool copies = kColumns > 8 || row0 < rows;
-    const uint4* in = reinterpret_cast<const uint4*>(g.in) + piece.k_begin * 8;
-    const uint32_t place = swizzled(row0, chunk);
+    RingPosition<Shape::kTokenSlots> slot;
+    scheduler::Piece piece;
+    int which = 0;
+    while (shares.next(piece)) {
+        const int columns = Shape::Columns::columns_for(piece.work.rows);
+        const int rows = piece.work.rows;
+        const int64_t first = piece.work.first_row;
+        if (!live) {
+            ptx::keep(g.in + first, columns);
+            return;
+        }
+        uint32_t* sources = shared.sources[which];
+        which ^= 1;
+        for (int row = thread; row < columns; row += kGatherThreads) {
+            // why: a copy of the last row is cheaper than a branch; its products are not stored
+            const int64_t packed = first + min(row, rows - 1);
+            const int64_t from = g.gather == nullptr ? packed : g.gather[packed];
+            // why: 32 bits of 16-byte chunks reach 64 GiB
+            sources[row] = static_cast<uint32_t>(from * (g.k_blocks * 8));
+        }
+        // why: also keeps one piece between the two lists
+        asm volatile("bar.sync 2, %0;" ::"n"(kGatherThreads) : "memory");
+        if (waits) {
+            waits = false;
+            ptx::wait_for_previous_grid();
+            ptx::allow_next_grid();
+        }
+        if (threadIdx.x == kMultiplyThreads + 32 && piece.k_begin == 0) TRACE(kWaits, 6);
+
+        const bool copies = columns > 8 || row0 < rows;
+        const int group = k_blocks_of_slot<Shape>(columns);
+        const uint4* in = reinterpret_cast<const uint4*>(g.in) + piece.k_begin * 8 + chunk;
+        const uint32_t place = swizzled(row0, chunk);
 #pragma unroll 1
-    for (int k = piece.k_begin; k < piece.k_end; k += kGroup) {
-        ptx::mbarrier_wait(barrier_at(rings.tokens_free, slot.index), slot.parity ^ 1);
-        const uint32_t to = rings.tokens + slot.index * Shape::kSlotBytes + place;
-        if (copies) {
-#pragma unroll
-            for (int block = 0; block < kGroup; block++) {
-                if (block == 0 || k + block < piece.k_end) {
-#pragma unroll
-                    for (int i = 0; i < kPasses; i++) {
-                        ptx::cp_async_16(to + (block * kColumns + 8 * i) * kRowBytes,
-                                         in + source[i] + block * 8);
+        for (int k = piece.k_begin; k < piece.k_end; k += group) {
+            ptx::mbarrier_wait(barrier_at(rings.tokens_free, slot.index), slot.parity ^ 1);
+            uint32_t to = rings.tokens + slot.index * Shape::kSlotBytes + place;
+            if (copies) {
+                const int blocks = min(group, piece.k_end - k);
+#pragma unroll 1
+                for (int block = 0; block < blocks; block++) {
+#pragma unroll 2
+                    for (int row = row0; row < columns; row += 8) {
+                        ptx::cp_async_16(to, in + sources[row] + block * 8);
+                        to += 8 * kRowBytes;
                     }
                 }
             }
+            in += group * 8;
+            ptx::mbarrier_arrive_after_cp_async(barrier_at(rings.tokens_ready, slot.index));
+            slot.step();
         }
-        in += kGroup * 8;
-        ptx::mbarrier_arrive_after_cp_async(barrier_at(rings.tokens_ready, slot.index));
-        slot.step();
     }
-}
-
-// Warpgroup 2, warps 1 and 2.
-template <class Shape>
-__device__ __forceinline__ void gather_tokens(const Rings<Shape>& rings, const GemmOperands& g,
-                                              scheduler::Shares<Shape> shares) {
-    RingPosition<Shape::kTokenSlots> slot;
-    scheduler::Piece piece;
-    while (shares.next(piece)) {
-        const int columns = Shape::columns_for(piece.work.rows);
-        switch (columns) {
-            case 8:
-                if constexpr (Shape::kMaxColumns != 64) {
-                    gather_piece<8>(rings, slot, g, piece);
-                }
-                break;
-            case 16: gather_piece<16>(rings, slot, g, piece); break;
-            case 32: gather_piece<32>(rings, slot, g, piece); break;
-            default:
-                if constexpr (Shape::kMaxColumns == 64) {
-                    if (columns == 48) {
-                        gather_piece<48>(rings, slot, g, piece);
-                    } else {
-                        gather_piece<64>(rings, slot, g, piece);
-                    }
-                }
-                if constexpr (Shape::kMaxColumns > 64) {
-                    switch (columns) {
-                        case 64: gather_piece<64>(rings, slot, g, piece); break;
-                        case 96: gather_piece<96>(rings, slot, g, piece); break;
-                        case 128: gather_piece<128>(rings, slot, g, piece); break;
-                        case 144: gather_piece<144>(rings, slot, g, piece); break;
-                        case 192: gather_piece<192>(rings, slot, g, piece); break;
-                        case 224: gather_piece<224>(rings, slot, g, piece); break;
-                        default: gather_piece<256>(rings, slot, g, piece);
-                    }
-                }
-        }
+    if (waits) {
+        ptx::wait_for_previous_grid();
+        ptx::allow_next_grid();
     }
 }
 
@@ -353,14 +335,6 @@ struct Leaving {
     }
 };
 
-template <class Shape>
-__device__ __forceinline__ bool tiles_are_ready(const Rings<Shape>& rings,
-                                                const MultiplierPosition<Shape>& at) {
-    return ptx::mbarrier_test(barrier_at(rings.weights_ready, at.weights.index), at.weights.parity) &&
-           (at.in_slot != 0 ||
-            ptx::mbarrier_test(barrier_at(rings.tokens_ready, at.tokens.index), at.tokens.parity));
-}
-
 // Starts the products of a k block, waiting for its tiles.
 template <int kColumns, class Shape>
 __device__ __forceinline__ Leaving multiply_k_block(float (&acc)[kColumns / 8][4],
@@ -406,44 +380,37 @@ __device__ __forceinline__ void multiply_piece(const Rings<Shape>& rings,
             acc[j][i] = 0.0f;
         }
     }
-    if constexpr (Shape::kCuts) {
-        if (piece.takes_over) {
-            take_over(acc, me);
-        }
+    if (piece.takes_over) {
+        take_over(acc, me);
     }
     pin(acc);
 
-    // A stage is freed one k block late, when its products are surely done
     Leaving leaving = multiply_k_block<kColumns>(acc, rings, at, piece.k_begin + 1 == piece.k_end);
 #pragma unroll 1
     for (int k = piece.k_begin + 1; k < piece.k_end; k++) {
-        if constexpr (Shape::kLeavesEarly) {
-            if (!tiles_are_ready(rings, at)) {
-                // why: the ring must not miss this stage while it is starving
-                ptx::wgmma_wait<0>();
-                leaving.leave();
-                leaving.weights_free = 0;
-            }
+        if constexpr (Shape::kPending == 0) {
+            ptx::wgmma_wait<0>();
+            leaving.leave();
         }
         const Leaving next = multiply_k_block<kColumns>(acc, rings, at, k + 1 == piece.k_end);
-        ptx::wgmma_wait<1>();
-        leaving.leave();
+        if constexpr (Shape::kPending == 1) {
+            ptx::wgmma_wait<1>();
+            leaving.leave();
+        }
         leaving = next;
     }
     ptx::wgmma_wait<0>();
     pin(acc);
     leaving.leave();
 
-    if constexpr (Shape::kCuts) {
-        if (piece.hands_over) {
-            hand_over(me, acc);
-            return;
-        }
+    if (piece.hands_over) {
+        hand_over(me, acc);
+        return;
     }
     epilogue.template store<kColumns>(g, piece.work, acc);
 }
 
-template <class Shape, class Epilogue>
+template <bool kCountsAreFinal, class Shape, class Epilogue>
 __device__ __forceinline__ void multiply(const WgmmaShared<Shape>& shared, const Rings<Shape>& rings,
                                          const LocalRank& me, const Epilogue& epilogue) {
     const GemmOperands& g = shared.operands;
@@ -455,38 +422,15 @@ __device__ __forceinline__ void multiply(const WgmmaShared<Shape>& shared, const
         if (piece.k_end == 0) {
             break;  // there is none
         }
-        const int columns = Shape::columns_for(piece.work.rows);
-        switch (columns) {
-            case 8:
-                if constexpr (Shape::kMaxColumns != 64) {
-                    multiply_piece<8>(rings, at, g, me, piece, epilogue);
-                }
-                break;
-            case 16: multiply_piece<16>(rings, at, g, me, piece, epilogue); break;
-            case 32: multiply_piece<32>(rings, at, g, me, piece, epilogue); break;
-            default:
-                if constexpr (Shape::kMaxColumns == 64) {
-                    if (columns == 48) {
-                        multiply_piece<48>(rings, at, g, me, piece, epilogue);
-                    } else {
-                        multiply_piece<64>(rings, at, g, me, piece, epilogue);
-                    }
-                }
-                if constexpr (Shape::kMaxColumns > 64) {
-                    switch (columns) {
-                        case 64: multiply_piece<64>(rings, at, g, me, piece, epilogue); break;
-                        case 96: multiply_piece<96>(rings, at, g, me, piece, epilogue); break;
-                        case 128: multiply_piece<128>(rings, at, g, me, piece, epilogue); break;
-                        case 144: multiply_piece<144>(rings, at, g, me, piece, epilogue); break;
-                        case 192: multiply_piece<192>(rings, at, g, me, piece, epilogue); break;
-                        case 224: multiply_piece<224>(rings, at, g, me, piece, epilogue); break;
-                        default: multiply_piece<256>(rings, at, g, me, piece, epilogue);
-                    }
-                }
-        }
-        if (piece.last) {
-            break;
-        }
+        if (number == 0 && threadIdx.x == 0) TRACE(kCountsAreFinal, 3);
+#ifdef MOE_TRACE
+        if (number == 0) ptx::mbarrier_wait(barrier_at(rings.tokens_ready, at.tokens.index), at.tokens.parity);
+        if (number == 0 && threadIdx.x == 0) TRACE(kCountsAreFinal, 7);
+#endif
+        if (threadIdx.x == 0) TRACE(kCountsAreFinal, 4);
+        Shape::Columns::dispatch(Shape::Columns::columns_for(piece.work.rows), [&](auto columns) {
+            multiply_piece<decltype(columns)::value>(rings, at, g, me, piece, epilogue);
+        });
     }
 }
 
@@ -504,6 +448,7 @@ __device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& operands, 
     rings.weights_free = ptx::shared_address(shared.weights_free);
     rings.tokens_ready = ptx::shared_address(shared.tokens_ready);
     rings.tokens_free = ptx::shared_address(shared.tokens_free);
+    if (threadIdx.x == 0) TRACE(kCountsAreFinal, 0);
     if (threadIdx.x == kWgmmaThreads - 1) {
         for (int i = 0; i < Shape::kWeightStages; i++) {
             ptx::mbarrier_init(barrier_at(rings.weights_ready, i), 1);
@@ -515,34 +460,45 @@ __device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& operands, 
         }
         ptx::fence_mbarrier_init();
         shared.operands = operands;
+        shared.operands.offsets = nullptr;  // why: pieces have packed rows already
     }
-    if constexpr (!kCountsAreFinal) {
-        ptx::wait_for_previous_grid();
-        ptx::allow_next_grid();
-    }
-    const bool may_cut = Shape::kCuts && me.partial_sums != nullptr && gridDim.x <= kMaxShares;
-    const scheduler::Shares<Shape> shares(shared.shares, operands.counts, operands.experts,
-                                          operands.row_tiles, operands.k_blocks, may_cut);
+    __syncthreads();
 
     if (threadIdx.x >= kMultiplyThreads) {
-        if constexpr (Shape::kMovesRegisters) {
-            ptx::give_registers<kProducerRegisters>();
-        }
+        ptx::give_registers<Shape::kProducerRegisters>();
         const int warp = (threadIdx.x - kMultiplyThreads) / 32;
-        if (warp == 0 && threadIdx.x % 32 == 0) {
-            stream_weights(shared, rings, shares);
-        } else if (warp == 1 || warp == 2) {
-            if constexpr (kCountsAreFinal) {
+        const bool may_cut = me.partial_sums != nullptr && gridDim.x <= kMaxShares;
+        // why twice: while the previous grid runs there is time to fetch the instructions that stand
+        // between the counts and the first copies, and they come from memory as the weights do
+#pragma unroll 1
+        for (bool live = kCountsAreFinal;; live = true) {
+            if (!kCountsAreFinal && live) {
                 ptx::wait_for_previous_grid();
                 ptx::allow_next_grid();
+                if (threadIdx.x == kMultiplyThreads) TRACE(kCountsAreFinal, 1);
             }
-            gather_tokens(rings, shared.operands, shares);
+            shared.counts.load(operands.counts, operands.experts, threadIdx.x - kMultiplyThreads, 128);
+            asm volatile("bar.sync 3, 128;" ::: "memory");
+            scheduler::Shares<Shape> shares(shared.counts, operands.experts, operands.row_tiles,
+                                            operands.k_blocks, may_cut);
+            if (threadIdx.x == kMultiplyThreads) TRACE(kCountsAreFinal, 2);
+            if (warp == 0) {
+                if (threadIdx.x % 32 == 0) {
+                    stream_weights(shared, rings, shares, live);
+                }
+            } else if (warp <= 2) {
+                gather_tokens<kCountsAreFinal>(shared, rings, shares, live);
+            }
+            if (live) {
+                break;
+            }
+            __syncwarp();
+            asm volatile("bar.sync 3, 128;" ::: "memory");
         }
     } else {
-        if constexpr (Shape::kMovesRegisters) {
-            ptx::take_registers<kMultiplierRegisters>();
-        }
-        multiply(shared, rings, me, epilogue);
+        ptx::take_registers<Shape::kMultiplierRegisters>();
+        multiply<kCountsAreFinal>(shared, rings, me, epilogue);
+        if (threadIdx.x == 0) TRACE(kCountsAreFinal, 5);
     }
 #endif
 }
