@@ -22,7 +22,7 @@
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/registers.cuh"
 #include "../ptx/wgmma.cuh"
-#include "../scheduler/shares.cuh"
+#include "../scheduler/claims.cuh"
 #include "gemm_epilogue.cuh"
 
 namespace moe {
@@ -37,7 +37,11 @@ __device__ unsigned long long moe_trace[2][264][8];
 constexpr int kWgmmaThreads = 384;
 constexpr int kMultiplyThreads = 256;
 constexpr int kGatherThreads = 64;
-static_assert(kMultiplyThreads == scheduler::kThreads, "the scan uses as many threads");
+
+// What a kernel computes.
+constexpr int kGateUpPhase = 1;
+constexpr int kDownPhase = 2;
+constexpr int kBothPhases = 3;
 
 // The widths a shape may multiply, ascending; rows take the narrowest that holds them.
 template <int... kWidths>
@@ -57,36 +61,29 @@ struct Widths {
     }
 };
 
-// One CTA on an SM, any count of rows.
-struct ManyRows {
-    using Columns = Widths<8, 16, 32, 64, 96, 128, 144, 192, 240>;
-    static constexpr int kWeightStages = 6;
-    static constexpr int kTokenSlots = 4;
-    static constexpr int kSlotBytes = 240 * kRowBytes;
-    // Registers: 384 threads may have 168 each at launch.
-    static constexpr int kCtasOfSm = 1;
-    static constexpr int kMultiplierRegisters = 208;
-    static constexpr int kProducerRegisters = 88;
-    static constexpr int kPending = 1;  // k blocks in flight when a stage is left
-    // Clocks of a k block: besides its products, and least with weights from memory
-    static constexpr int kOverhead = 64;
-    static constexpr int kStreamed = 448;
+// Few rows an expert: a deep ring of weights.
+struct FewRows {
+    using Columns = Widths<8, 16, 24, 32, 48, 64>;
+    static constexpr int kNarrowRows = 64;
+    static constexpr int kWeightStages = 11;
+    static constexpr int kTokenSlots = 3;
+    static constexpr int kSlotBytes = 64 * kRowBytes;
+    static constexpr int kPending = 0;  // k blocks in flight when a stage is left
 };
 
-// Two CTAs fit an SM: this grid's and the next one's, which may so begin to stream.
-struct FewRows {
-    using Columns = Widths<8, 16, 24, 32, 48, 72, 104>;
-    static constexpr int kWeightStages = 4;
-    static constexpr int kTokenSlots = 3;
-    static constexpr int kSlotBytes = 104 * kRowBytes;
-    // 80 each at launch
-    static constexpr int kCtasOfSm = 2;
-    static constexpr int kMultiplierRegisters = 96;
-    static constexpr int kProducerRegisters = 48;
+// More rows: wider products, with room for their tokens.
+struct ManyRows {
+    using Columns = Widths<8, 16, 24, 32, 48, 64, 96, 128, 176, 224>;
+    static constexpr int kNarrowRows = 96;
+    static constexpr int kWeightStages = 6;
+    static constexpr int kTokenSlots = 4;
+    static constexpr int kSlotBytes = 224 * kRowBytes;
     static constexpr int kPending = 0;
-    static constexpr int kOverhead = 128;
-    static constexpr int kStreamed = 448;
 };
+
+// Of the 168 that 384 threads may have each at launch.
+constexpr int kMultiplierRegisters = 208;
+constexpr int kProducerRegisters = 88;
 
 // k blocks in a slot of token columns.
 template <class Shape>
@@ -95,10 +92,12 @@ __device__ __forceinline__ constexpr int k_blocks_of_slot(int columns) {
     return blocks < 4 ? blocks : 4;
 }
 
-// Listed by the thread that streams weights, which is at most a ring of k blocks, so of pieces, ahead.
-constexpr int kPieces = 8;
-static_assert(ManyRows::kWeightStages + 1 < kPieces && FewRows::kWeightStages + 1 < kPieces,
-              "a listed piece stays until it is done");
+// Items the thread that claims them has listed. It is at most a ring of k blocks, so of items, ahead.
+constexpr int kListed = 16;
+static_assert(ManyRows::kWeightStages + 2 < kListed && FewRows::kWeightStages + 2 < kListed,
+              "a listed item stays until it is done");
+// k blocks before the end of an item at which the next is claimed.
+constexpr int kClaimAhead = 4;
 
 template <class Shape>
 struct WgmmaShared {
@@ -106,10 +105,11 @@ struct WgmmaShared {
     uint64_t weights_free[Shape::kWeightStages];
     uint64_t tokens_ready[Shape::kTokenSlots];
     uint64_t tokens_free[Shape::kTokenSlots];
-    scheduler::Counts counts;
-    scheduler::Piece pieces[kPieces];
+    uint64_t item_ready[kListed];
+    scheduler::Item items[kListed];
+    GemmOperands operands[2];  // of gate_up, of down
     uint32_t sources[2][Shape::Columns::kMost];  // 16-byte chunk where a token row begins
-    GemmOperands operands;  // why here: in registers they would cost the multipliers theirs
+    scheduler::ExpertList<Shape> experts;
 };
 
 template <class Shape>
@@ -120,8 +120,7 @@ constexpr int kWgmmaExtraBytes = (sizeof(WgmmaShared<Shape>) + 127) / 128 * 128;
 template <class Shape>
 constexpr int kWgmmaSharedBytes = kWgmmaRingBytes<Shape> + kWgmmaExtraBytes<Shape>;
 static_assert(kWgmmaSharedBytes<ManyRows> <= 227 * 1024, "one CTA fits an SM of sm_90");
-static_assert(2 * (kWgmmaSharedBytes<FewRows> + 1024) <= 228 * 1024,
-              "two CTAs fit an SM of sm_90");
+static_assert(kWgmmaSharedBytes<FewRows> <= 227 * 1024, "one CTA fits an SM of sm_90");
 
 // A position in a ring and the parity of its barriers' phase.
 template <int kStages>
@@ -146,107 +145,143 @@ struct Rings {
     uint32_t weights_free;
     uint32_t tokens_ready;
     uint32_t tokens_free;
+    uint32_t item_ready;
 };
 
 __device__ __forceinline__ uint32_t barrier_at(uint32_t barriers, int index) {
     return barriers + 8 * index;
 }
 
-// Warpgroup 2, one thread. What it arrives at with the first k block of a piece also publishes the
-// piece; after the last comes one without k blocks. Not live: up to the first copy.
+// Warpgroup 2, one thread: claims items, lists them for the others and streams their weights. After
+// the last it lists one of no phase. Not live: up to the first item.
 template <class Shape>
 __device__ __forceinline__ void stream_weights(WgmmaShared<Shape>& shared, const Rings<Shape>& rings,
-                                               scheduler::Shares<Shape> shares, bool live) {
+                                               const scheduler::Items<Shape>& items, uint32_t* claimed,
+                                               bool live) {
     RingPosition<Shape::kWeightStages> stage;
-    const GemmOperands& g = shared.operands;
-    scheduler::Piece piece;
-    int number = 0;
-    while (shares.next(piece)) {
-        const uint8_t* tile = reinterpret_cast<const uint8_t*>(
-            g.weights + tile_offset(piece.work.expert, piece.work.row_tile, piece.k_begin, g.row_tiles,
-                                    g.k_blocks));
-        const uint64_t policy = piece.once ? ptx::evict_first() : ptx::evict_normal();
+    RingPosition<kListed> listed;
+    const int total = items.total();
+    const int grid = gridDim.x;
+    int number = blockIdx.x;
+    bool more = true;
+    while (more) {
+        const scheduler::Item item = items.at(number);
         if (!live) {
-            ptx::keep(tile, policy);
+            ptx::keep(item.work.expert, item.work.row_tile);
             return;
         }
-        scheduler::Piece& listed = shared.pieces[number++ % kPieces];
+        shared.items[listed.index] = item;
+        ptx::mbarrier_arrive(barrier_at(rings.item_ready, listed.index));
+        listed.step();
+        more = item.phase != scheduler::kNoItem;
+        if (more) {
+            const GemmOperands& g = shared.operands[item.phase];
+            const uint8_t* tile = reinterpret_cast<const uint8_t*>(
+                g.weights + tile_offset(item.work.expert, item.work.row_tile, 0, g.row_tiles, g.k_blocks));
+            const uint64_t policy = item.once ? ptx::evict_first() : ptx::evict_normal();
+            const int k_blocks = g.k_blocks;
+            const int claim_at = max(k_blocks - kClaimAhead, 0);
+            uint32_t claim = 0;
 #pragma unroll 1
-        for (int k = piece.k_begin; k < piece.k_end; k++) {
-            ptx::mbarrier_wait(barrier_at(rings.weights_free, stage.index), stage.parity ^ 1);
-            const uint32_t ready = barrier_at(rings.weights_ready, stage.index);
-            // why: before the arrival, so that listing costs the copy no time
-            ptx::bulk_copy(rings.weights + stage.index * kTileBytes, tile, kTileBytes, ready, policy);
-            if (k == piece.k_begin) {
-                listed = piece;
+            for (int k = 0; k < k_blocks; k++) {
+                if (k == claim_at) {
+                    claim = atomicAdd(claimed, 1u);
+                }
+                ptx::mbarrier_wait(barrier_at(rings.weights_free, stage.index), stage.parity ^ 1);
+                const uint32_t ready = barrier_at(rings.weights_ready, stage.index);
+                ptx::bulk_copy(rings.weights + stage.index * kTileBytes, tile, kTileBytes, ready, policy);
+                ptx::mbarrier_arrive_expect(ready, kTileBytes);
+                tile += kTileBytes;
+                stage.step();
             }
-            ptx::mbarrier_arrive_expect(ready, kTileBytes);
-            tile += kTileBytes;
-            stage.step();
+            if (claim + 1 == static_cast<uint32_t>(total)) {
+                *claimed = 0;  // why: as many claims as items, this was the grid's last
+            }
+            number = grid + static_cast<int>(claim);
         }
     }
-    if (live) {
-        ptx::mbarrier_wait(barrier_at(rings.weights_free, stage.index), stage.parity ^ 1);
-        shared.pieces[number % kPieces].k_end = 0;
-        ptx::mbarrier_arrive(barrier_at(rings.weights_ready, stage.index));
+}
+
+// An expert's rows of activated are complete when all its gate_up items have been counted.
+template <class Shape>
+__device__ __forceinline__ void wait_for_gate_up(const scheduler::ExpertList<Shape>& experts,
+                                                 const GemmOperands& gate_up, const uint32_t* done, int expert) {
+    const uint32_t items = static_cast<uint32_t>((experts.narrow[expert + 1] - experts.narrow[expert] +
+                                                  experts.wide[expert + 1] - experts.wide[expert]) *
+                                                 gate_up.row_tiles);
+    while (ptx::load_acquire_gpu(done + expert) != items) {
     }
 }
 
 // Warpgroup 2, warps 1 and 2. A thread copies 16-byte chunk c of rows r, r + 8, .. of each k block.
-// Before its first copy it waits for the previous grid, if the caller has not. Not live: up to there.
-template <bool kWaits, class Shape>
+template <int kPhases, class Shape>
 __device__ __forceinline__ void gather_tokens(WgmmaShared<Shape>& shared, const Rings<Shape>& rings,
-                                              scheduler::Shares<Shape> shares, bool live) {
-    bool waits = kWaits;
-    const GemmOperands& g = shared.operands;
+                                              const LocalRank& me) {
     const int thread = threadIdx.x % 128 - 32;
     const int row0 = thread / 8;
     const int chunk = thread % 8;
     RingPosition<Shape::kTokenSlots> slot;
-    scheduler::Piece piece;
+    RingPosition<kListed> listed;
     int which = 0;
-    while (shares.next(piece)) {
-        const int columns = Shape::Columns::columns_for(piece.work.rows);
-        const int rows = piece.work.rows;
-        const int64_t first = piece.work.first_row;
-        if (!live) {
-            ptx::keep(g.in + first, columns);
-            return;
+    bool waits = kPhases == kDownPhase;
+    while (true) {
+        ptx::mbarrier_wait(barrier_at(rings.item_ready, listed.index), listed.parity);
+        const scheduler::Item item = shared.items[listed.index];
+        listed.step();
+        if (item.phase == scheduler::kNoItem) {
+            break;
         }
+        const GemmOperands& g = shared.operands[item.phase];
+        const int rows = item.work.rows;
+        const int columns = Shape::Columns::columns_for(rows);
         uint32_t* sources = shared.sources[which];
         which ^= 1;
         for (int row = thread; row < columns; row += kGatherThreads) {
             // why: a copy of the last row is cheaper than a branch; its products are not stored
-            const int64_t packed = first + min(row, rows - 1);
+            const int64_t packed = item.work.first_row + min(row, rows - 1);
             const int64_t from = g.gather == nullptr ? packed : g.gather[packed];
             // why: 32 bits of 16-byte chunks reach 64 GiB
             sources[row] = static_cast<uint32_t>(from * (g.k_blocks * 8));
         }
-        // why: also keeps one piece between the two lists
-        asm volatile("bar.sync 2, %0;" ::"n"(kGatherThreads) : "memory");
+        if (kPhases == kBothPhases && item.phase == scheduler::kDownItems && thread == 0) {
+            wait_for_gate_up(shared.experts, shared.operands[0], me.expert_done, item.work.expert);
+        }
         if (waits) {
             waits = false;
             ptx::wait_for_previous_grid();
             ptx::allow_next_grid();
         }
-        if (threadIdx.x == kMultiplyThreads + 32 && piece.k_begin == 0) TRACE(kWaits, 6);
+        // why: also keeps one item between the two lists
+        asm volatile("bar.sync 2, %0;" ::"n"(kGatherThreads) : "memory");
 
         const bool copies = columns > 8 || row0 < rows;
         const int group = k_blocks_of_slot<Shape>(columns);
-        const uint4* in = reinterpret_cast<const uint4*>(g.in) + piece.k_begin * 8 + chunk;
+        const uint4* in = reinterpret_cast<const uint4*>(g.in) + chunk;
         const uint32_t place = swizzled(row0, chunk);
+        const int k_blocks = g.k_blocks;
 #pragma unroll 1
-        for (int k = piece.k_begin; k < piece.k_end; k += group) {
+        for (int k = 0; k < k_blocks; k += group) {
             ptx::mbarrier_wait(barrier_at(rings.tokens_free, slot.index), slot.parity ^ 1);
             uint32_t to = rings.tokens + slot.index * Shape::kSlotBytes + place;
             if (copies) {
-                const int blocks = min(group, piece.k_end - k);
+                const int blocks = min(group, k_blocks - k);
 #pragma unroll 1
                 for (int block = 0; block < blocks; block++) {
-#pragma unroll 2
-                    for (int row = row0; row < columns; row += 8) {
-                        ptx::cp_async_16(to, in + sources[row] + block * 8);
-                        to += 8 * kRowBytes;
+                    const uint4* from = in + block * 8;
+#pragma unroll 1
+                    for (int row = row0; row < columns; row += 32) {
+                        uint32_t source[4];
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            source[i] = sources[min(row + 8 * i, columns - 1)];
+                        }
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            if (row + 8 * i < columns) {
+                                ptx::cp_async_16(to, from + source[i]);
+                                to += 8 * kRowBytes;
+                            }
+                        }
                     }
                 }
             }
@@ -259,46 +294,19 @@ __device__ __forceinline__ void gather_tokens(WgmmaShared<Shape>& shared, const 
         ptx::wait_for_previous_grid();
         ptx::allow_next_grid();
     }
+    if (kPhases == kBothPhases && thread == 0) {
+        // The last CTA that waits for no more gate_up items clears their counts
+        if (atomicAdd(me.work + kWorkFinished, 1u) == gridDim.x - 1) {
+            for (int expert = 0; expert < me.local_experts; expert++) {
+                me.expert_done[expert] = 0;
+            }
+            me.work[kWorkFinished] = 0;
+        }
+    }
 }
 
 __device__ __forceinline__ void sync_multipliers() {
     asm volatile("bar.sync 1, %0;" ::"n"(kMultiplyThreads) : "memory");
-}
-
-// Leaves the accumulators to the next CTA.
-template <int kBlocks>
-__device__ __forceinline__ void hand_over(const LocalRank& me, const float (&acc)[kBlocks][4]) {
-    float4* to = reinterpret_cast<float4*>(me.partial_sums) +
-                 static_cast<int64_t>(blockIdx.x) * (kPartialFloats / 4) + threadIdx.x;
-#pragma unroll
-    for (int j = 0; j < kBlocks; j++) {
-        __stcg(to + j * kMultiplyThreads, make_float4(acc[j][0], acc[j][1], acc[j][2], acc[j][3]));
-    }
-    __threadfence();
-    sync_multipliers();
-    if (threadIdx.x == 0) {
-        ptx::store_release_gpu(me.partial_ready + blockIdx.x, 1);
-    }
-}
-
-// Goes on from those of the CTA before, whose first piece they were.
-template <int kBlocks>
-__device__ __forceinline__ void take_over(float (&acc)[kBlocks][4], const LocalRank& me) {
-    const int giver = static_cast<int>(blockIdx.x) - 1;
-    ptx::wait_for_previous_grid();  // why: until it is complete the flag may be one of its own
-    while (ptx::load_acquire_gpu(me.partial_ready + giver) == 0) {
-    }
-    const float4* from = reinterpret_cast<const float4*>(me.partial_sums) +
-                         static_cast<int64_t>(giver) * (kPartialFloats / 4) + threadIdx.x;
-#pragma unroll
-    for (int j = 0; j < kBlocks; j++) {
-        const float4 sums = __ldcg(from + j * kMultiplyThreads);
-        acc[j][0] = sums.x, acc[j][1] = sums.y, acc[j][2] = sums.z, acc[j][3] = sums.w;
-    }
-    sync_multipliers();  // why: every thread has seen the flag before it falls
-    if (threadIdx.x == 0) {
-        me.partial_ready[giver] = 0;
-    }
 }
 
 // Keeps the compiler from moving accumulators across the wgmmas in flight.
@@ -366,13 +374,10 @@ __device__ __forceinline__ Leaving multiply_k_block(float (&acc)[kColumns / 8][4
     return leaving;
 }
 
-// Warpgroups 0 and 1.
-template <int kColumns, class Shape, class Epilogue>
-__device__ __forceinline__ void multiply_piece(const Rings<Shape>& rings,
-                                               MultiplierPosition<Shape>& at, const GemmOperands& g,
-                                               const LocalRank& me, const scheduler::Piece& piece,
-                                               const Epilogue& epilogue) {
-    float acc[kColumns / 8][4];
+// Warpgroups 0 and 1: the products of an item.
+template <int kColumns, class Shape>
+__device__ __forceinline__ void multiply_item(float (&acc)[kColumns / 8][4], const Rings<Shape>& rings,
+                                              MultiplierPosition<Shape>& at, int k_blocks) {
 #pragma unroll
     for (int j = 0; j < kColumns / 8; j++) {
 #pragma unroll
@@ -380,19 +385,16 @@ __device__ __forceinline__ void multiply_piece(const Rings<Shape>& rings,
             acc[j][i] = 0.0f;
         }
     }
-    if (piece.takes_over) {
-        take_over(acc, me);
-    }
     pin(acc);
 
-    Leaving leaving = multiply_k_block<kColumns>(acc, rings, at, piece.k_begin + 1 == piece.k_end);
+    Leaving leaving = multiply_k_block<kColumns>(acc, rings, at, k_blocks == 1);
 #pragma unroll 1
-    for (int k = piece.k_begin + 1; k < piece.k_end; k++) {
+    for (int k = 1; k < k_blocks; k++) {
         if constexpr (Shape::kPending == 0) {
             ptx::wgmma_wait<0>();
             leaving.leave();
         }
-        const Leaving next = multiply_k_block<kColumns>(acc, rings, at, k + 1 == piece.k_end);
+        const Leaving next = multiply_k_block<kColumns>(acc, rings, at, k + 1 == k_blocks);
         if constexpr (Shape::kPending == 1) {
             ptx::wgmma_wait<1>();
             leaving.leave();
@@ -402,42 +404,53 @@ __device__ __forceinline__ void multiply_piece(const Rings<Shape>& rings,
     ptx::wgmma_wait<0>();
     pin(acc);
     leaving.leave();
-
-    if (piece.hands_over) {
-        hand_over(me, acc);
-        return;
-    }
-    epilogue.template store<kColumns>(g, piece.work, acc);
 }
 
-template <bool kCountsAreFinal, class Shape, class Epilogue>
+template <int kPhases, class Shape>
 __device__ __forceinline__ void multiply(const WgmmaShared<Shape>& shared, const Rings<Shape>& rings,
-                                         const LocalRank& me, const Epilogue& epilogue) {
-    const GemmOperands& g = shared.operands;
+                                         const LocalRank& me, const GateUpEpilogue& gate_up,
+                                         const DownEpilogue& down) {
     MultiplierPosition<Shape> at;
-    for (int number = 0;; number++) {
-        // Known when the first weights of the piece are
-        ptx::mbarrier_wait(barrier_at(rings.weights_ready, at.weights.index), at.weights.parity);
-        const scheduler::Piece& piece = shared.pieces[number % kPieces];
-        if (piece.k_end == 0) {
-            break;  // there is none
+    RingPosition<kListed> listed;
+    while (true) {
+        ptx::mbarrier_wait(barrier_at(rings.item_ready, listed.index), listed.parity);
+        const scheduler::Item& item = shared.items[listed.index];
+        listed.step();
+        if (item.phase == scheduler::kNoItem) {
+            break;
         }
-        if (number == 0 && threadIdx.x == 0) TRACE(kCountsAreFinal, 3);
+        const GemmOperands& g = shared.operands[item.phase];
 #ifdef MOE_TRACE
-        if (number == 0) ptx::mbarrier_wait(barrier_at(rings.tokens_ready, at.tokens.index), at.tokens.parity);
-        if (number == 0 && threadIdx.x == 0) TRACE(kCountsAreFinal, 7);
+        if (threadIdx.x == 0) { TRACE(item.phase, 2); ptx::mbarrier_wait(barrier_at(rings.weights_ready, at.weights.index), at.weights.parity); TRACE(item.phase, 3);
+        if (at.in_slot == 0) ptx::mbarrier_wait(barrier_at(rings.tokens_ready, at.tokens.index), at.tokens.parity); TRACE(item.phase, 4); }
 #endif
-        if (threadIdx.x == 0) TRACE(kCountsAreFinal, 4);
-        Shape::Columns::dispatch(Shape::Columns::columns_for(piece.work.rows), [&](auto columns) {
-            multiply_piece<decltype(columns)::value>(rings, at, g, me, piece, epilogue);
+        Shape::Columns::dispatch(Shape::Columns::columns_for(item.work.rows), [&](auto width) {
+            constexpr int kColumns = decltype(width)::value;
+            float acc[kColumns / 8][4];
+            multiply_item<kColumns>(acc, rings, at, g.k_blocks);
+            if (threadIdx.x == 0) TRACE(item.phase, 5);
+            if (kPhases == kGateUpPhase || (kPhases == kBothPhases && item.phase == scheduler::kGateUpItems)) {
+                gate_up.template store<kColumns>(g, item.work, acc);
+            } else {
+                down.template store<kColumns>(g, item.work, acc);
+            }
         });
+        if (threadIdx.x == 0) TRACE(item.phase, 6);
+        if (kPhases == kBothPhases && item.phase == scheduler::kGateUpItems) {
+            sync_multipliers();
+            if (threadIdx.x == 0) {
+                ptx::add_release_gpu(me.expert_done + item.work.expert, 1);
+            }
+        }
     }
 }
 
-template <class Shape, bool kCountsAreFinal, class Epilogue>
-__device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& operands, const LocalRank& me,
-                                                  const Epilogue& epilogue) {
+// kPhases: gate_up, down or both. counts_are_final: the previous grid does not write them.
+template <class Shape, int kPhases>
+__device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& gate_up, const GemmOperands& down,
+                                                  const LocalRank& me, const Activation& activation) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    constexpr bool kCountsAreFinal = kPhases == kDownPhase;
     extern __shared__ __align__(1024) uint8_t wgmma_rings[];
     WgmmaShared<Shape>& shared =
         *reinterpret_cast<WgmmaShared<Shape>*>(wgmma_rings + kWgmmaRingBytes<Shape>);
@@ -448,7 +461,7 @@ __device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& operands, 
     rings.weights_free = ptx::shared_address(shared.weights_free);
     rings.tokens_ready = ptx::shared_address(shared.tokens_ready);
     rings.tokens_free = ptx::shared_address(shared.tokens_free);
-    if (threadIdx.x == 0) TRACE(kCountsAreFinal, 0);
+    rings.item_ready = ptx::shared_address(shared.item_ready);
     if (threadIdx.x == kWgmmaThreads - 1) {
         for (int i = 0; i < Shape::kWeightStages; i++) {
             ptx::mbarrier_init(barrier_at(rings.weights_ready, i), 1);
@@ -458,47 +471,52 @@ __device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& operands, 
             ptx::mbarrier_init(barrier_at(rings.tokens_ready, i), kGatherThreads);
             ptx::mbarrier_init(barrier_at(rings.tokens_free, i), kMultiplyThreads / 32);
         }
+        for (int i = 0; i < kListed; i++) {
+            ptx::mbarrier_init(barrier_at(rings.item_ready, i), 1);
+        }
         ptx::fence_mbarrier_init();
-        shared.operands = operands;
-        shared.operands.offsets = nullptr;  // why: pieces have packed rows already
+        shared.operands[0] = gate_up;
+        shared.operands[1] = down;
+        // why: items have packed rows already
+        shared.operands[0].offsets = shared.operands[1].offsets = nullptr;
     }
     __syncthreads();
 
     if (threadIdx.x >= kMultiplyThreads) {
-        ptx::give_registers<Shape::kProducerRegisters>();
-        const int warp = (threadIdx.x - kMultiplyThreads) / 32;
-        const bool may_cut = me.partial_sums != nullptr && gridDim.x <= kMaxShares;
+        ptx::give_registers<kProducerRegisters>();
+        const int thread = threadIdx.x - kMultiplyThreads;
+        const GemmOperands& any = kPhases == kDownPhase ? down : gate_up;
+        const int row_tiles[2] = {kPhases & kGateUpPhase ? gate_up.row_tiles : 0,
+                                  kPhases & kDownPhase ? down.row_tiles : 0};
+        uint32_t* claimed = me.work + (kPhases == kDownPhase ? kWorkClaimedDown : kWorkClaimed);
         // why twice: while the previous grid runs there is time to fetch the instructions that stand
-        // between the counts and the first copies, and they come from memory as the weights do
+        // between the counts and the first copy, and they come from memory as the weights do
 #pragma unroll 1
         for (bool live = kCountsAreFinal;; live = true) {
             if (!kCountsAreFinal && live) {
                 ptx::wait_for_previous_grid();
                 ptx::allow_next_grid();
-                if (threadIdx.x == kMultiplyThreads) TRACE(kCountsAreFinal, 1);
+                if (thread == 0) TRACE(0, 0);
             }
-            shared.counts.load(operands.counts, operands.experts, threadIdx.x - kMultiplyThreads, 128);
-            asm volatile("bar.sync 3, 128;" ::: "memory");
-            scheduler::Shares<Shape> shares(shared.counts, operands.experts, operands.row_tiles,
-                                            operands.k_blocks, may_cut);
-            if (threadIdx.x == kMultiplyThreads) TRACE(kCountsAreFinal, 2);
-            if (warp == 0) {
-                if (threadIdx.x % 32 == 0) {
-                    stream_weights(shared, rings, shares, live);
-                }
-            } else if (warp <= 2) {
-                gather_tokens<kCountsAreFinal>(shared, rings, shares, live);
+            shared.experts.build(any.counts, any.experts, thread);
+            if (thread == 0) {
+                TRACE(0, 1);
+                stream_weights(shared, rings, scheduler::Items<Shape>(shared.experts, any.experts, row_tiles),
+                               claimed, live);
             }
             if (live) {
                 break;
             }
             __syncwarp();
-            asm volatile("bar.sync 3, 128;" ::: "memory");
+            scheduler::ExpertList<Shape>::sync();
+        }
+        if (thread >= 32 && thread < 32 + kGatherThreads) {
+            gather_tokens<kPhases>(shared, rings, me);
         }
     } else {
-        ptx::take_registers<Shape::kMultiplierRegisters>();
-        multiply<kCountsAreFinal>(shared, rings, me, epilogue);
-        if (threadIdx.x == 0) TRACE(kCountsAreFinal, 5);
+        ptx::take_registers<kMultiplierRegisters>();
+        multiply<kPhases>(shared, rings, me, GateUpEpilogue{activation}, DownEpilogue{});
+        if (threadIdx.x == 0) TRACE(1, 7);
     }
 #endif
 }

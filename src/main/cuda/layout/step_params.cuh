@@ -119,9 +119,12 @@ struct LocalRank {
     const float* bias_gate_up;        // packed order or null
     const float* bias_down;           // or null
 
-    float* partial_sums;          // [kMaxShares][kPartialFloats], wgmma kernels; null: tiles stay whole
-    uint32_t* partial_ready;      // [kMaxShares] always zero between kernels
+    uint32_t* work;               // [4] WorkWord counters of the wgmma kernels, zero between kernels
+    uint32_t* expert_done;        // [L] finished gate_up items, zero between kernels
 };
+
+// Words of LocalRank::work.
+enum WorkWord { kWorkClaimed = 0, kWorkClaimedDown = 1, kWorkFinished = 2 };
 
 // The one kernel parameter, __grid_constant__. blockIdx.y is the index into locals.
 struct StepParams {
