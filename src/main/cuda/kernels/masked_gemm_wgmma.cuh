@@ -36,7 +36,7 @@ __device__ unsigned long long moe_trace[2][264][8];
 
 constexpr int kWgmmaThreads = 384;
 constexpr int kMultiplyThreads = 256;
-constexpr int kGatherThreads = 64;
+constexpr int kGatherThreads = 96;
 
 // What a kernel computes.
 constexpr int kGateUpPhase = 1;
@@ -152,8 +152,39 @@ __device__ __forceinline__ uint32_t barrier_at(uint32_t barriers, int index) {
     return barriers + 8 * index;
 }
 
-// Warpgroup 2, one thread: claims items, lists them for the others and streams their weights. After
-// the last it lists one of no phase. Not live: up to the first item.
+// The weights of an item, by one thread. True: the next item was claimed on the way, as *claim.
+template <class Shape>
+__device__ __forceinline__ void stream_item(const Rings<Shape>& rings,
+                                            RingPosition<Shape::kWeightStages>& stage, const GemmOperands& g,
+                                            const scheduler::Item& item, uint32_t* claimed, uint32_t& claim) {
+    const uint8_t* tile = reinterpret_cast<const uint8_t*>(
+        g.weights + tile_offset(item.work.expert, item.work.row_tile, 0, g.row_tiles, g.k_blocks));
+    const uint64_t policy = item.once ? ptx::evict_first() : ptx::evict_normal();
+    const int k_blocks = g.k_blocks;
+    const RingPosition<Shape::kWeightStages> first = stage;
+    // why: an item that is not begun may have to wait, and others could begin the next one
+    const bool begun = k_blocks - kClaimAhead >= Shape::kWeightStages;
+    const int claim_at = begun ? k_blocks - kClaimAhead : -1;
+#pragma unroll 1
+    for (int k = 0; k < k_blocks; k++) {
+        if (k == claim_at) {
+            claim = atomicAdd(claimed, 1u);
+        }
+        ptx::mbarrier_wait(barrier_at(rings.weights_free, stage.index), stage.parity ^ 1);
+        const uint32_t ready = barrier_at(rings.weights_ready, stage.index);
+        ptx::bulk_copy(rings.weights + stage.index * kTileBytes, tile, kTileBytes, ready, policy);
+        ptx::mbarrier_arrive_expect(ready, kTileBytes);
+        tile += kTileBytes;
+        stage.step();
+    }
+    if (!begun) {
+        ptx::mbarrier_wait(barrier_at(rings.weights_free, first.index), first.parity);
+        claim = atomicAdd(claimed, 1u);
+    }
+}
+
+// Warpgroup 2, warp 0: claims items, lists them for the others and streams their weights. After the
+// last it lists one of no phase. Not live: up to the first item.
 template <class Shape>
 __device__ __forceinline__ void stream_weights(WgmmaShared<Shape>& shared, const Rings<Shape>& rings,
                                                const scheduler::Items<Shape>& items, uint32_t* claimed,
@@ -161,44 +192,29 @@ __device__ __forceinline__ void stream_weights(WgmmaShared<Shape>& shared, const
     RingPosition<Shape::kWeightStages> stage;
     RingPosition<kListed> listed;
     const int total = items.total();
-    const int grid = gridDim.x;
     int number = blockIdx.x;
-    bool more = true;
-    while (more) {
+    while (true) {
         const scheduler::Item item = items.at(number);
         if (!live) {
             ptx::keep(item.work.expert, item.work.row_tile);
             return;
         }
-        shared.items[listed.index] = item;
-        ptx::mbarrier_arrive(barrier_at(rings.item_ready, listed.index));
-        listed.step();
-        more = item.phase != scheduler::kNoItem;
-        if (more) {
-            const GemmOperands& g = shared.operands[item.phase];
-            const uint8_t* tile = reinterpret_cast<const uint8_t*>(
-                g.weights + tile_offset(item.work.expert, item.work.row_tile, 0, g.row_tiles, g.k_blocks));
-            const uint64_t policy = item.once ? ptx::evict_first() : ptx::evict_normal();
-            const int k_blocks = g.k_blocks;
-            const int claim_at = max(k_blocks - kClaimAhead, 0);
-            uint32_t claim = 0;
-#pragma unroll 1
-            for (int k = 0; k < k_blocks; k++) {
-                if (k == claim_at) {
-                    claim = atomicAdd(claimed, 1u);
+        uint32_t claim = 0;
+        if (threadIdx.x % 32 == 0) {
+            shared.items[listed.index] = item;
+            ptx::mbarrier_arrive(barrier_at(rings.item_ready, listed.index));
+            listed.step();
+            if (item.phase != scheduler::kNoItem) {
+                stream_item(rings, stage, shared.operands[item.phase], item, claimed, claim);
+                if (claim + 1 == static_cast<uint32_t>(total)) {
+                    *claimed = 0;  // why: as many claims as items, this was the grid's last
                 }
-                ptx::mbarrier_wait(barrier_at(rings.weights_free, stage.index), stage.parity ^ 1);
-                const uint32_t ready = barrier_at(rings.weights_ready, stage.index);
-                ptx::bulk_copy(rings.weights + stage.index * kTileBytes, tile, kTileBytes, ready, policy);
-                ptx::mbarrier_arrive_expect(ready, kTileBytes);
-                tile += kTileBytes;
-                stage.step();
             }
-            if (claim + 1 == static_cast<uint32_t>(total)) {
-                *claimed = 0;  // why: as many claims as items, this was the grid's last
-            }
-            number = grid + static_cast<int>(claim);
         }
+        if (item.phase == scheduler::kNoItem) {
+            return;
+        }
+        number = gridDim.x + static_cast<int>(__shfl_sync(0xffffffffu, claim, 0));
     }
 }
 
@@ -213,11 +229,12 @@ __device__ __forceinline__ void wait_for_gate_up(const scheduler::ExpertList<Sha
     }
 }
 
-// Warpgroup 2, warps 1 and 2. A thread copies 16-byte chunk c of rows r, r + 8, .. of each k block.
+// Warpgroup 2, warps 1 to 3. A thread copies 16-byte chunk c of rows r, r + 12, .. of each k block.
 template <int kPhases, class Shape>
 __device__ __forceinline__ void gather_tokens(WgmmaShared<Shape>& shared, const Rings<Shape>& rings,
                                               const LocalRank& me) {
     const int thread = threadIdx.x % 128 - 32;
+    constexpr int kPass = kGatherThreads / 8;
     const int row0 = thread / 8;
     const int chunk = thread % 8;
     RingPosition<Shape::kTokenSlots> slot;
@@ -257,32 +274,31 @@ __device__ __forceinline__ void gather_tokens(WgmmaShared<Shape>& shared, const 
         const bool copies = columns > 8 || row0 < rows;
         const int group = k_blocks_of_slot<Shape>(columns);
         const uint4* in = reinterpret_cast<const uint4*>(g.in) + chunk;
-        const uint32_t place = swizzled(row0, chunk);
         const int k_blocks = g.k_blocks;
 #pragma unroll 1
         for (int k = 0; k < k_blocks; k += group) {
             ptx::mbarrier_wait(barrier_at(rings.tokens_free, slot.index), slot.parity ^ 1);
-            uint32_t to = rings.tokens + slot.index * Shape::kSlotBytes + place;
+            uint32_t to = rings.tokens + slot.index * Shape::kSlotBytes;
             if (copies) {
                 const int blocks = min(group, k_blocks - k);
 #pragma unroll 1
                 for (int block = 0; block < blocks; block++) {
                     const uint4* from = in + block * 8;
 #pragma unroll 1
-                    for (int row = row0; row < columns; row += 32) {
+                    for (int row = row0; row < columns; row += 4 * kPass) {
                         uint32_t source[4];
 #pragma unroll
                         for (int i = 0; i < 4; i++) {
-                            source[i] = sources[min(row + 8 * i, columns - 1)];
+                            source[i] = sources[min(row + i * kPass, columns - 1)];
                         }
 #pragma unroll
                         for (int i = 0; i < 4; i++) {
-                            if (row + 8 * i < columns) {
-                                ptx::cp_async_16(to, from + source[i]);
-                                to += 8 * kRowBytes;
+                            if (row + i * kPass < columns) {
+                                ptx::cp_async_16(to + swizzled(row + i * kPass, chunk), from + source[i]);
                             }
                         }
                     }
+                    to += columns * kRowBytes;
                 }
             }
             in += group * 8;
@@ -499,8 +515,8 @@ __device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& gate_up, c
                 if (thread == 0) TRACE(0, 0);
             }
             shared.experts.build(any.counts, any.experts, thread);
-            if (thread == 0) {
-                TRACE(0, 1);
+            if (thread == 0) TRACE(0, 1);
+            if (thread < 32) {
                 stream_weights(shared, rings, scheduler::Items<Shape>(shared.experts, any.experts, row_tiles),
                                claimed, live);
             }
@@ -510,7 +526,7 @@ __device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& gate_up, c
             __syncwarp();
             scheduler::ExpertList<Shape>::sync();
         }
-        if (thread >= 32 && thread < 32 + kGatherThreads) {
+        if (thread >= 32) {
             gather_tokens<kPhases>(shared, rings, me);
         }
     } else {

@@ -97,7 +97,7 @@ struct ExpertList {
     __device__ static void sync() { asm volatile("bar.sync 3, %0;" ::"n"(kListThreads) : "memory"); }
 };
 
-// The items by number; one thread.
+// The items by number; one warp, converged.
 template <class Shape>
 class Items {
    public:
@@ -134,18 +134,16 @@ class Items {
         const int place = is_wide ? wide_before : rest - wide_before;
         const int32_t* before = is_wide ? list_.wide : list_.narrow;
 
-        // The last expert with at most so many units before it
+        // The last expert with at most so many units before it: of 32 groups of experts, then of the group's
         const int unit = place / row_tiles;
-        int low = 0;
-        int high = experts_;
-        while (high - low > 1) {
-            const int middle = (low + high) / 2;
-            if (before[middle] <= unit) {
-                low = middle;
-            } else {
-                high = middle;
-            }
-        }
+        const int lane = threadIdx.x % 32;
+        const int group = (experts_ + 31) / 32;
+        const int first_of_group = lane * group;
+        const bool group_before = first_of_group < experts_ && before[min(first_of_group, experts_)] <= unit;
+        const int begin = (31 - __clz(__ballot_sync(0xffffffffu, group_before))) * group;
+        const bool expert_before =
+            lane < group && begin + lane < experts_ && before[min(begin + lane, experts_)] <= unit;
+        const int low = begin + 31 - __clz(__ballot_sync(0xffffffffu, expert_before));
         const int blocks = before[low + 1] - before[low];
         const int within = place - before[low] * row_tiles;
         const int rows = list_.rows[low + 1] - list_.rows[low];
