@@ -108,6 +108,9 @@ struct WgmmaShared {
     uint64_t item_ready[kListed];
     scheduler::Item items[kListed];
     GemmOperands operands[2];  // of gate_up, of down
+    // why here: the rank's record is in device memory, and its lines do not stay in L1
+    uint32_t* work;
+    uint32_t* expert_done;
     uint32_t sources[2][Shape::Columns::kMost];  // 16-byte chunk where a token row begins
     scheduler::ExpertList<Shape> experts;
 };
@@ -261,7 +264,7 @@ __device__ __forceinline__ void gather_tokens(WgmmaShared<Shape>& shared, const 
             sources[row] = static_cast<uint32_t>(from * (g.k_blocks * 8));
         }
         if (kPhases == kBothPhases && item.phase == scheduler::kDownItems && thread == 0) {
-            wait_for_gate_up(shared.experts, shared.operands[0], me.expert_done, item.work.expert);
+            wait_for_gate_up(shared.experts, shared.operands[0], shared.expert_done, item.work.expert);
         }
         if (waits) {
             waits = false;
@@ -310,13 +313,21 @@ __device__ __forceinline__ void gather_tokens(WgmmaShared<Shape>& shared, const 
         ptx::wait_for_previous_grid();
         ptx::allow_next_grid();
     }
-    if (kPhases == kBothPhases && thread == 0) {
+    if (kPhases == kBothPhases && thread < 32) {
         // The last CTA that waits for no more gate_up items clears their counts
-        if (atomicAdd(me.work + kWorkFinished, 1u) == gridDim.x - 1) {
-            for (int expert = 0; expert < me.local_experts; expert++) {
-                me.expert_done[expert] = 0;
+        uint32_t finished = 0;
+        if (thread == 0) {
+            finished = atomicAdd(shared.work + kWorkFinished, 1u);
+        }
+        if (__shfl_sync(0xffffffffu, finished, 0) == gridDim.x - 1) {
+            uint32_t* done = shared.expert_done;
+            const int experts = shared.operands[0].experts;
+            for (int expert = thread; expert < experts; expert += 32) {
+                done[expert] = 0;
             }
-            me.work[kWorkFinished] = 0;
+            if (thread == 0) {
+                shared.work[kWorkFinished] = 0;
+            }
         }
     }
 }
@@ -359,17 +370,31 @@ struct Leaving {
     }
 };
 
-// Starts the products of a k block, waiting for its tiles.
+// Whether the tiles of the next k block are there.
+template <class Shape>
+__device__ __forceinline__ bool tiles_are_ready(const Rings<Shape>& rings, const MultiplierPosition<Shape>& at) {
+    const bool weights = ptx::mbarrier_test(barrier_at(rings.weights_ready, at.weights.index), at.weights.parity);
+    const bool tokens =
+        at.in_slot != 0 ||
+        ptx::mbarrier_test(barrier_at(rings.tokens_ready, at.tokens.index), at.tokens.parity);
+    return weights && tokens;
+}
+
+// Starts the products of a k block, whose tiles are there if ready, else it waits for them.
 template <int kColumns, class Shape>
 __device__ __forceinline__ Leaving multiply_k_block(float (&acc)[kColumns / 8][4],
                                                     const Rings<Shape>& rings,
-                                                    MultiplierPosition<Shape>& at, bool last) {
+                                                    MultiplierPosition<Shape>& at, bool ready, bool last) {
+    if (!ready) {
+        ptx::mbarrier_wait(barrier_at(rings.weights_ready, at.weights.index), at.weights.parity);
+        if (at.in_slot == 0) {
+            ptx::mbarrier_wait(barrier_at(rings.tokens_ready, at.tokens.index), at.tokens.parity);
+        }
+    }
     if (at.in_slot == 0) {
-        ptx::mbarrier_wait(barrier_at(rings.tokens_ready, at.tokens.index), at.tokens.parity);
         // why: cp.async wrote through the generic proxy
         ptx::fence_proxy_async();
     }
-    ptx::mbarrier_wait(barrier_at(rings.weights_ready, at.weights.index), at.weights.parity);
     const uint64_t a = ptx::wgmma_descriptor(rings.weights + at.weights.index * kTileBytes +
                                              threadIdx.x / 128 * (kTileBytes / 2));
     const uint64_t b = ptx::wgmma_descriptor(rings.tokens + at.tokens.index * Shape::kSlotBytes +
@@ -403,19 +428,14 @@ __device__ __forceinline__ void multiply_item(float (&acc)[kColumns / 8][4], con
     }
     pin(acc);
 
-    Leaving leaving = multiply_k_block<kColumns>(acc, rings, at, k_blocks == 1);
+    Leaving leaving = multiply_k_block<kColumns>(acc, rings, at, false, k_blocks == 1);
 #pragma unroll 1
     for (int k = 1; k < k_blocks; k++) {
-        if constexpr (Shape::kPending == 0) {
-            ptx::wgmma_wait<0>();
-            leaving.leave();
-        }
-        const Leaving next = multiply_k_block<kColumns>(acc, rings, at, k + 1 == k_blocks);
-        if constexpr (Shape::kPending == 1) {
-            ptx::wgmma_wait<1>();
-            leaving.leave();
-        }
-        leaving = next;
+        // why before the wait: looking takes as long as the products
+        const bool ready = tiles_are_ready(rings, at);
+        ptx::wgmma_wait<0>();
+        leaving.leave();
+        leaving = multiply_k_block<kColumns>(acc, rings, at, ready, k + 1 == k_blocks);
     }
     ptx::wgmma_wait<0>();
     pin(acc);
@@ -455,7 +475,7 @@ __device__ __forceinline__ void multiply(const WgmmaShared<Shape>& shared, const
         if (kPhases == kBothPhases && item.phase == scheduler::kGateUpItems) {
             sync_multipliers();
             if (threadIdx.x == 0) {
-                ptx::add_release_gpu(me.expert_done + item.work.expert, 1);
+                ptx::add_release_gpu(shared.expert_done + item.work.expert, 1);
             }
         }
     }
@@ -495,6 +515,8 @@ __device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& gate_up, c
         shared.operands[1] = down;
         // why: items have packed rows already
         shared.operands[0].offsets = shared.operands[1].offsets = nullptr;
+        shared.work = me.work;
+        shared.expert_done = me.expert_done;
     }
     __syncthreads();
 
@@ -504,7 +526,7 @@ __device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& gate_up, c
         const GemmOperands& any = kPhases == kDownPhase ? down : gate_up;
         const int row_tiles[2] = {kPhases & kGateUpPhase ? gate_up.row_tiles : 0,
                                   kPhases & kDownPhase ? down.row_tiles : 0};
-        uint32_t* claimed = me.work + (kPhases == kDownPhase ? kWorkClaimedDown : kWorkClaimed);
+        uint32_t* claimed = shared.work + (kPhases == kDownPhase ? kWorkClaimedDown : kWorkClaimed);
         // why twice: while the previous grid runs there is time to fetch the instructions that stand
         // between the counts and the first copy, and they come from memory as the weights do
 #pragma unroll 1
