@@ -14,7 +14,7 @@ import java.util.stream.Collectors;
  * @param slower rows slower than the fastest peer
  * @param opportunities rows of the chain where the fastest peer needs more than {@link
  *     #FAR_FROM_FLOOR} of the floor
- * @param prefill rows of prefill beside the dense product
+ * @param prefill rows of prefill beside the dense product: ours by cuBLAS, else that of the peers
  */
 public record Summary(
         List<StageMeans> stages,
@@ -77,6 +77,20 @@ public record Summary(
     @JsonInclude(JsonInclude.Include.NON_NULL)
     public record DenseShare(String label, String stage, double tflops, Double ofDense) {}
 
+    /** Whether there is something to compare a report with: peers or a dense product of its run. */
+    static boolean fits(BenchReport report) {
+        return report.peers() != null || denseTflops(report) != null;
+    }
+
+    private static Double denseTflops(BenchReport report) {
+        for (BenchRow row : report.rows()) {
+            if (row.stage().equals(Stage.DENSE.id())) {
+                return row.tflops();
+            }
+        }
+        return report.peers() == null ? null : report.peers().denseTflops();
+    }
+
     /** The summary of a report whose rows have floors. */
     public static Summary of(BenchReport report) {
         List<BenchRow> rows = report.rows().stream().filter(r -> r.floorUs() != null).toList();
@@ -91,7 +105,7 @@ public record Summary(
                 means.add(means(stage, mine));
             }
         }
-        Double dense = report.peers() == null ? null : report.peers().denseTflops();
+        Double dense = denseTflops(report);
         return new Summary(
                 means,
                 beside.stream()
@@ -145,6 +159,24 @@ public record Summary(
                                             ", %.2f × the fastest peer of the run",
                                             mean.timesPeer)));
         }
+        if (stages.stream().anyMatch(mean -> mean.timesPeer != null)
+                || !slower.isEmpty()
+                || !opportunities.isEmpty()) {
+            addPeers(lines);
+        }
+        for (DenseShare share : prefill) {
+            lines.add(
+                    text("- %s %s: %.0f TFLOP/s", share.label, share.stage, share.tflops)
+                            + (share.ofDense == null
+                                    ? ""
+                                    : text(
+                                            ", %.0f %% of a dense 8192³ product",
+                                            100 * share.ofDense)));
+        }
+        return lines;
+    }
+
+    private void addPeers(List<String> lines) {
         lines.add(
                 "- slower than the fastest peer of the run: "
                         + listed(
@@ -161,16 +193,6 @@ public record Summary(
                                         text(
                                                 "%s %s at %.2f × floor, ours %.2f times as fast",
                                                 s.label, s.peer, s.peerTimesFloor, s.gain)));
-        for (DenseShare share : prefill) {
-            lines.add(
-                    text("- %s %s: %.0f TFLOP/s", share.label, share.stage, share.tflops)
-                            + (share.ofDense == null
-                                    ? ""
-                                    : text(
-                                            ", %.0f %% of a dense 8192³ product",
-                                            100 * share.ofDense)));
-        }
-        return lines;
     }
 
     private static String listed(

@@ -34,6 +34,7 @@ import java.nio.ByteBuffer;
 import java.nio.ByteOrder;
 import java.util.ArrayDeque;
 import java.util.ArrayList;
+import java.util.Arrays;
 import java.util.Collections;
 import java.util.Deque;
 import java.util.IdentityHashMap;
@@ -426,6 +427,12 @@ final class CudaLayer implements MoeLayer {
     int expertKernels() {
         requirePrepared();
         return kernels.of(Phase.EXPERTS).length;
+    }
+
+    /** For benches: the kernels of the experts phase, in order. */
+    List<String> expertSymbols() {
+        requirePrepared();
+        return Arrays.stream(kernels.of(Phase.EXPERTS)).map(Kernel::symbol).toList();
     }
 
     /**
