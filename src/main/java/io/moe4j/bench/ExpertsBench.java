@@ -53,7 +53,7 @@ public final class ExpertsBench {
         return rows;
     }
 
-    private MoeConfig config(BenchCase benchCase, RandomWeights vectors) {
+    MoeConfig config(BenchCase benchCase, RandomWeights vectors) {
         Activation activation =
                 ModelPreset.find(benchCase.model())
                         .map(ModelPreset::activation)
@@ -67,7 +67,7 @@ public final class ExpertsBench {
                 .build();
     }
 
-    private RandomWeights vectors(BenchCase benchCase) {
+    RandomWeights vectors(BenchCase benchCase) {
         MoeShape local =
                 MoeShape.of(
                         benchCase.hidden(),

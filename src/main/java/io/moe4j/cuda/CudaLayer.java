@@ -760,6 +760,12 @@ final class CudaLayer implements MoeLayer {
         return handles[handle];
     }
 
+    /** For tests: where the device has some weights. */
+    long weights(String buffer) {
+        requirePrepared();
+        return layout.weights().address(weightsBase, buffer);
+    }
+
     /** Frees in reverse order; errors are added to {@code cause}. */
     private void freeOwned(Throwable cause) {
         freeing.writeLock().lock();
