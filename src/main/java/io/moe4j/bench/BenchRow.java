@@ -173,6 +173,20 @@ public record BenchRow(
                 names);
     }
 
+    /** Name of the fastest peer, measured beside this run or recorded; null if there is none. */
+    String fastestPeer() {
+        return runPeerIsFastest() ? runPeer : peer;
+    }
+
+    /** Time of the {@link #fastestPeer}; null if there is none. */
+    Double fastestPeerUs() {
+        return runPeerIsFastest() ? runPeerUs : peerUs;
+    }
+
+    private boolean runPeerIsFastest() {
+        return runPeerUs != null && (peerUs == null || runPeerUs <= peerUs);
+    }
+
     /** Whether it is one of the {@link Prefill} rows. */
     boolean isPrefill() {
         return number >= Prefill.FIRST_NUMBER;

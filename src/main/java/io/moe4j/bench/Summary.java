@@ -8,7 +8,8 @@ import java.util.function.ToDoubleFunction;
 import java.util.stream.Collectors;
 
 /**
- * How a report stands against its floors and the peers of its run.
+ * How a report stands against its floors and its peers: of each row the fastest one counts, whether
+ * it was measured in the same run or is recorded in the case file.
  *
  * @param stages per stage, without prefill
  * @param slower rows slower than the fastest peer
@@ -59,10 +60,10 @@ public record Summary(
                     row.label(),
                     row.stage(),
                     row.medianUs(),
-                    row.runPeer(),
-                    row.runPeerUs(),
-                    row.fasterThanRunPeer(),
-                    row.runPeerUs() / row.floorUs());
+                    row.fastestPeer(),
+                    row.fastestPeerUs(),
+                    row.fastestPeerUs() / row.medianUs(),
+                    row.fastestPeerUs() / row.floorUs());
         }
     }
 
@@ -94,7 +95,7 @@ public record Summary(
     /** The summary of a report whose rows have floors. */
     public static Summary of(BenchReport report) {
         List<BenchRow> rows = report.rows().stream().filter(r -> r.floorUs() != null).toList();
-        List<BenchRow> beside = rows.stream().filter(r -> r.runPeer() != null).toList();
+        List<BenchRow> beside = rows.stream().filter(r -> r.fastestPeer() != null).toList();
         List<StageMeans> means = new ArrayList<>();
         for (Stage stage : List.of(Stage.CHAIN, Stage.G1, Stage.G2)) {
             List<BenchRow> mine =
@@ -109,24 +110,24 @@ public record Summary(
         return new Summary(
                 means,
                 beside.stream()
-                        .filter(row -> row.fasterThanRunPeer() < 1)
+                        .filter(row -> row.fastestPeerUs() < row.medianUs())
                         .map(Standing::of)
                         .toList(),
                 beside.stream()
                         .filter(row -> row.stage().equals(Stage.CHAIN.id()))
-                        .filter(row -> row.runPeerUs() > FAR_FROM_FLOOR * row.floorUs())
+                        .filter(row -> row.fastestPeerUs() > FAR_FROM_FLOOR * row.floorUs())
                         .map(Standing::of)
                         .toList(),
                 rows.stream().filter(BenchRow::isPrefill).map(r -> dense(r, dense)).toList());
     }
 
     private static StageMeans means(Stage stage, List<BenchRow> rows) {
-        List<BenchRow> beside = rows.stream().filter(row -> row.runPeer() != null).toList();
+        List<BenchRow> beside = rows.stream().filter(row -> row.fastestPeer() != null).toList();
         return new StageMeans(
                 stage.id(),
                 rows.size(),
                 geometric(rows, BenchRow::timesFloor),
-                beside.isEmpty() ? null : geometric(beside, r -> r.medianUs() / r.runPeerUs()));
+                beside.isEmpty() ? null : geometric(beside, r -> r.medianUs() / r.fastestPeerUs()));
     }
 
     private static DenseShare dense(BenchRow row, Double dense) {
@@ -155,9 +156,7 @@ public record Summary(
                                     mean.stage, mean.rows, mean.timesFloor)
                             + (mean.timesPeer == null
                                     ? ""
-                                    : text(
-                                            ", %.2f × the fastest peer of the run",
-                                            mean.timesPeer)));
+                                    : text(", %.2f × the fastest peer", mean.timesPeer)));
         }
         if (stages.stream().anyMatch(mean -> mean.timesPeer != null)
                 || !slower.isEmpty()
@@ -178,7 +177,7 @@ public record Summary(
 
     private void addPeers(List<String> lines) {
         lines.add(
-                "- slower than the fastest peer of the run: "
+                "- slower than the fastest peer: "
                         + listed(
                                 slower,
                                 s ->

@@ -449,10 +449,7 @@ final class BenchCommand implements Runnable {
                 BenchOptions options = timing.options(report, baseline, progress);
                 backend = options.backend();
                 ExpertsBench bench = new ExpertsBench(options);
-                List<BenchRow> rows = bench.run(all);
-                if (prefill) {
-                    bench.dense().ifPresent(rows::add);
-                }
+                List<BenchRow> rows = prefill ? bench.runBesideDense(all) : bench.run(all);
                 bench.notes().forEach(this::note);
                 return rows;
             }

@@ -21,11 +21,13 @@ class ColdStartGpuTest {
                         Map.of(),
                         List.of("-Xmx4g", "--enable-native-access=ALL-UNNAMED"),
                         Main.class.getName());
-        System.out.println("COLD " + child.output().strip());
         assertThat(child.exit()).as(child.output()).isZero();
         String line =
                 child.output().lines().filter(l -> l.startsWith(MARK)).findFirst().orElseThrow();
-        assertThat(Double.parseDouble(line.substring(MARK.length()))).isLessThan(MOST_MS);
+        double ms = Double.parseDouble(line.substring(MARK.length()));
+        System.out.printf(
+                "COLD first output of a fresh process after %.0f ms, at most %.0f%n", ms, MOST_MS);
+        assertThat(ms).isLessThan(MOST_MS);
     }
 
     /** Runs in the child. */
