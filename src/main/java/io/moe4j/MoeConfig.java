@@ -24,6 +24,8 @@ import java.util.Locale;
  * @param backend {@code auto}, {@code cpu} or {@code cuda}
  * @param threads CPU backend: worker threads
  * @param handles steps that may be in flight at once; each handle has its own buffers and epochs
+ * @param expectedRowsPerExpert rows one expert gets in a usual step, for the choice of kernels; 0:
+ *     those of a full step that is routed evenly. Results do not depend on it
  * @param weights where the weights come from; null for planning only
  */
 public record MoeConfig(
@@ -40,6 +42,7 @@ public record MoeConfig(
         String backend,
         int threads,
         int handles,
+        int expectedRowsPerExpert,
         LayerWeights weights) {
     /** Most ranks in one group. */
     public static final int MAX_RANKS = 64;
@@ -83,6 +86,11 @@ public record MoeConfig(
         require(
                 handles >= 1 && handles <= 16,
                 "handles=" + handles + " is outside 1..16: one per step in flight");
+        require(
+                expectedRowsPerExpert >= 0,
+                "expectedRowsPerExpert="
+                        + expectedRowsPerExpert
+                        + " is negative: give 0 for those of a full, evenly routed step");
         if (weights != null) {
             require(
                     weights.shape().equals(shape),
@@ -119,6 +127,7 @@ public record MoeConfig(
         builder.backend = backend;
         builder.threads = threads;
         builder.handles = handles;
+        builder.expectedRowsPerExpert = expectedRowsPerExpert;
         builder.weights = weights;
         return builder;
     }
@@ -165,6 +174,7 @@ public record MoeConfig(
         private String backend = "auto";
         private int threads = Runtime.getRuntime().availableProcessors();
         private int handles = 1;
+        private int expectedRowsPerExpert;
         private LayerWeights weights;
 
         private Builder() {}
@@ -258,6 +268,17 @@ public record MoeConfig(
         }
 
         /**
+         * Rows one expert gets in a usual step. If not set, those of a full step that is routed
+         * evenly: R · M · K / E. Set it where a usual step is far from that, for example if M is
+         * that of a prefill but most steps decode. Kernels are chosen by it; results do not depend
+         * on it.
+         */
+        public Builder expectedRowsPerExpert(int value) {
+            expectedRowsPerExpert = value;
+            return this;
+        }
+
+        /**
          * Validates and returns the configuration.
          *
          * @throws IllegalArgumentException naming field, value and cure
@@ -277,6 +298,7 @@ public record MoeConfig(
                     backend,
                     threads,
                     handles,
+                    expectedRowsPerExpert,
                     weights);
         }
     }
