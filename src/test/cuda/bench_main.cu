@@ -33,23 +33,20 @@ struct Variant {
     const char* name;
     void (*gate_up)(moe::StepParams);
     void (*down)(moe::StepParams);
+    void (*both)(moe::StepParams);  // null: the chain is the two
     int threads, shared, ctas_per_sm;
-    bool pdl, cuts;
+    bool pdl;
 };
 
-const int kManyShared = moe::kWgmmaSharedBytes<moe::ManyRows>;
-const int kSomeShared = moe::kWgmmaSharedBytes<moe::SomeRows>;
-const int kFewShared = moe::kWgmmaSharedBytes<moe::FewRows>;
+const int kNarrowShared = moe::kWgmmaSharedBytes<moe::NarrowShape>;
+const int kWideShared = moe::kWgmmaSharedBytes<moe::WideShape>;
 const Variant kVariants[] = {
-    {"mma", moe_gate_up_mma, moe_down_mma, 256, moe::kGemmSharedBytes, 2, false, false},
-    {"many", moe_gate_up_wgmma, moe_down_wgmma, moe::kWgmmaThreads, kManyShared, 1, false, false},
-    {"many+pdl", moe_gate_up_wgmma, moe_down_wgmma, moe::kWgmmaThreads, kManyShared, 1, true, false},
-    {"many+cut+pdl", moe_gate_up_wgmma, moe_down_wgmma, moe::kWgmmaThreads, kManyShared, 1, true, true},
-    {"many+cut", moe_gate_up_wgmma, moe_down_wgmma, moe::kWgmmaThreads, kManyShared, 1, false, true},
-    {"few2", moe_gate_up_wgmma_few, moe_down_wgmma_few, moe::kWgmmaThreads, kFewShared, 2, false, false},
-    {"few2+pdl", moe_gate_up_wgmma_few, moe_down_wgmma_few, moe::kWgmmaThreads, kFewShared, 2, true, false},
-    {"some2", moe_gate_up_wgmma_some, moe_down_wgmma_some, moe::kWgmmaThreads, kSomeShared, 2, false, false},
-    {"some2+pdl", moe_gate_up_wgmma_some, moe_down_wgmma_some, moe::kWgmmaThreads, kSomeShared, 2, true, false},
+    {"mma", moe_gate_up_mma, moe_down_mma, nullptr, 256, moe::kGemmSharedBytes, 2, false},
+    {"split", moe_gate_up_wgmma, moe_down_wgmma, nullptr, moe::kWgmmaThreads, kNarrowShared, 1, false},
+    {"split+pdl", moe_gate_up_wgmma, moe_down_wgmma, nullptr, moe::kWgmmaThreads, kNarrowShared, 1, true},
+    {"fused", moe_gate_up_wgmma, moe_down_wgmma, moe_experts_wgmma, moe::kWgmmaThreads, kNarrowShared, 1, false},
+    {"fused+pdl", moe_gate_up_wgmma, moe_down_wgmma, moe_experts_wgmma, moe::kWgmmaThreads, kNarrowShared, 1, true},
+    {"wide+pdl", moe_gate_up_wgmma, moe_down_wgmma, moe_experts_wgmma_wide, moe::kWgmmaThreads, kWideShared, 1, true},
 };
 
 struct Random {
@@ -87,7 +84,7 @@ T* upload(const std::vector<T>& v) {
 struct Bench {
     std::vector<int> counts;
     int hidden, intermediate, rows = 0, hit = 0, sets;
-    std::vector<moe::StepParams> with_cuts, without_cuts;
+    std::vector<moe::StepParams> params;
     std::vector<void*> allocations;
     __nv_bfloat16 *activated, *expert_out;
     size_t activated_bytes, expert_out_bytes;
@@ -125,9 +122,10 @@ struct Bench {
         auto* d_counts = static_cast<int*>(keep(upload(counts), 0));
         auto* d_offsets = static_cast<int*>(keep(upload(offsets), 0));
         auto* d_list = static_cast<int*>(keep(upload(list), 0));
-        auto* sums = static_cast<float*>(keep(nullptr, 4ull * moe::kMaxShares * moe::kPartialFloats));
-        auto* ready = static_cast<uint32_t*>(keep(nullptr, 4ull * moe::kMaxShares));
-        CHECK_CUDA(cudaMemset(ready, 0, 4ull * moe::kMaxShares));
+        auto* work = static_cast<uint32_t*>(keep(nullptr, 32));
+        auto* done = static_cast<uint32_t*>(keep(nullptr, 4ull * experts));
+        CHECK_CUDA(cudaMemset(work, 0, 32));
+        CHECK_CUDA(cudaMemset(done, 0, 4ull * experts));
         for (int s = 0; s < sets; s++) {
             moe::LocalRank me{};
             me.local_experts = experts;
@@ -135,11 +133,9 @@ struct Bench {
             me.activated = activated, me.expert_out = expert_out;
             me.w_gate_up = reinterpret_cast<__nv_bfloat16*>(g_pool + s * set);
             me.w_down = reinterpret_cast<__nv_bfloat16*>(g_pool + s * set + gate_up * experts);
-            for (int cuts = 0; cuts < 2; cuts++) {
-                me.partial_sums = cuts ? sums : nullptr, me.partial_ready = cuts ? ready : nullptr;
-                p.locals = static_cast<moe::LocalRank*>(keep(upload(std::vector<moe::LocalRank>{me}), 0));
-                (cuts ? with_cuts : without_cuts).push_back(p);
-            }
+            me.work = work, me.expert_done = done;
+            p.locals = static_cast<moe::LocalRank*>(keep(upload(std::vector<moe::LocalRank>{me}), 0));
+            params.push_back(p);
         }
         CHECK_CUDA(cudaDeviceSynchronize());
     }
@@ -166,7 +162,11 @@ struct Bench {
     }
 
     void enqueue(const Variant& v, int stage, int set) {
-        const moe::StepParams& p = (v.cuts ? with_cuts : without_cuts)[set];
+        const moe::StepParams& p = params[set];
+        if (stage == kChain && v.both != nullptr) {
+            launch(v, v.both, p);
+            return;
+        }
         if (stage & kGateUp) launch(v, v.gate_up, p);
         if (stage & kDown) launch(v, v.down, p);
     }
@@ -302,7 +302,6 @@ void bench_prefill(bool verify) {
         const double flop = 2.0 * bench.rows * s.hidden * s.intermediate;
         std::printf("%-36s", s.name);
         for (const Variant& v : kVariants) {
-            if (v.ctas_per_sm == 2 && v.gate_up != moe_gate_up_mma || v.cuts) continue;
             const int replays = v.gate_up == moe_gate_up_mma ? 1 : 5;
             const double g1 = bench.time_us(v, kGateUp, replays), g2 = bench.time_us(v, kDown, replays);
             const double both = bench.time_us(v, kChain, replays);
@@ -332,6 +331,9 @@ int main(int argc, char** argv) {
     CHECK_CUDA(cudaDeviceGetAttribute(&g_sms, cudaDevAttrMultiProcessorCount, 0));
     for (const Variant& v : kVariants) {
         CHECK_CUDA(cudaFuncSetAttribute(v.gate_up, cudaFuncAttributeMaxDynamicSharedMemorySize, v.shared));
+        if (v.both != nullptr) {
+            CHECK_CUDA(cudaFuncSetAttribute(v.both, cudaFuncAttributeMaxDynamicSharedMemorySize, v.shared));
+        }
         CHECK_CUDA(cudaFuncSetAttribute(v.down, cudaFuncAttributeMaxDynamicSharedMemorySize, v.shared));
     }
     g_pool_bytes = 10ull << 30;

@@ -406,8 +406,8 @@ class Layer {
             d.arrivals = alloc<uint32_t>(8, false);
             d.totals = alloc<uint64_t>(4, false);
             d.error = errors + r, d.counters = counters + r;
-            d.partial_sums = alloc<float>(static_cast<int64_t>(moe::kMaxShares) * moe::kPartialFloats, false);
-            d.partial_ready = alloc<uint32_t>(moe::kMaxShares, false);
+            d.work = alloc<uint32_t>(8, false);
+            d.expert_done = alloc<uint32_t>(L, false);
 
             const int64_t gu = 2ll * Ip * Hp, dn = static_cast<int64_t>(up_to(Hp, 128)) * Ip;
             auto* wgu = alloc<__nv_bfloat16>(gu * L, false);
@@ -438,24 +438,26 @@ class Layer {
         p.locals = dl;
     }
 
-    // One of the three shapes, chosen by the layer's sizes, with programmatic dependence.
+    // Both products in one kernel of either shape or in two, by the layer's sizes, with programmatic
+    // dependence.
     template <class Grid>
     void launch_wgmma(const Grid& grid) {
-        struct Shape {
-            void (*gate_up)(StepParams);
-            void (*down)(StepParams);
-            int shared, ctas_per_sm;
+        using Kernel = void (*)(StepParams);
+        const int narrow = moe::kWgmmaSharedBytes<moe::NarrowShape>;
+        const int wide = moe::kWgmmaSharedBytes<moe::WideShape>;
+        struct Flow {
+            std::vector<Kernel> kernels;
+            int shared;
         };
-        const Shape shapes[] = {
-            {moe_gate_up_wgmma, moe_down_wgmma, moe::kWgmmaSharedBytes<moe::ManyRows>, 1},
-            {moe_gate_up_wgmma_few, moe_down_wgmma_few, moe::kWgmmaSharedBytes<moe::FewRows>, 2},
-            {moe_gate_up_wgmma_some, moe_down_wgmma_some, moe::kWgmmaSharedBytes<moe::SomeRows>, 2}};
-        const Shape& shape = shapes[(c.H / 8 + c.E + c.M + c.R) % 3];
-        for (auto* kernel : {shape.gate_up, shape.down}) {
-            CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared));
+        const Flow flows[] = {{{moe_experts_wgmma}, narrow},
+                              {{moe_experts_wgmma_wide}, wide},
+                              {{moe_gate_up_wgmma, moe_down_wgmma}, narrow}};
+        const Flow& flow = flows[(c.H / 8 + c.E + c.M + c.R) % 3];
+        for (Kernel kernel : flow.kernels) {
+            CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, flow.shared));
             cudaLaunchConfig_t config{};
-            config.gridDim = grid(shape.ctas_per_sm * sms), config.blockDim = dim3(moe::kWgmmaThreads);
-            config.dynamicSmemBytes = shape.shared, config.stream = stream;
+            config.gridDim = grid(sms), config.blockDim = dim3(moe::kWgmmaThreads);
+            config.dynamicSmemBytes = flow.shared, config.stream = stream;
             cudaLaunchAttribute attribute{};
             attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
             attribute.val.programmaticStreamSerializationAllowed = 1;

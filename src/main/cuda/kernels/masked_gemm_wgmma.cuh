@@ -1,16 +1,24 @@
-// The masked grouped GEMM with wgmma, for Hopper: out[row] = epilogue(W[expert of row] . in[row]).
+// The masked grouped GEMM with wgmma, for Hopper: out[row] = epilogue(W[expert of row] . in[row]), for
+// gate_up, for down, or for both in one kernel.
 //
-// Weights are the A operand, tokens the B operand with 8 to 256 columns, as the expert's count asks.
-// A CTA has three warpgroups. 0 and 1 multiply, each 64 of the 128 outputs of a tile. In warpgroup 2
-// warp 0 streams weight tiles with bulk copies of 16 KiB, warps 1 and 2 gather token rows with cp.async. The two rings
-// are apart: weights need not wait for tokens, and a slot of tokens holds up to 4 k blocks.
+// Weights are the A operand, tokens the B operand with 8 to 224 columns, as the expert's count asks.
+// One CTA on an SM has three warpgroups. 0 and 1 multiply, each 64 of the 128 outputs of a tile. In
+// warpgroup 2, warp 0 claims items (scheduler/claims.cuh) and streams their weights with bulk copies of
+// 16 KiB; warps 1 to 3 gather their token rows with cp.async. The two rings are apart: weights need not
+// wait for tokens, and a slot of tokens holds up to 4 k blocks.
+//   item_ready                    the next item is listed, for everybody
 //   weights_ready, weights_free   barriers of a weight stage: bytes landed, both warpgroups have left
 //   tokens_ready, tokens_free     the same of a slot of token columns
-// scheduler/shares.cuh says which CTA does what. Each output is one accumulator over ascending k, 16
-// at a time, so the bits are those of masked_gemm.cuh whatever the block or the cut.
+// Each output is one accumulator over ascending k, 16 at a time, so the bits are those of masked_gemm.cuh,
+// whatever the width and the CTA.
+//
+// Both in one kernel: a down item reads rows of activated that other CTAs write. Each finished gate_up item
+// adds one to its expert's count, with release; who gathers for a down item polls it, with acquire. Weights
+// stream on across that boundary. Every poll ends, since only items that already run are waited for; it
+// is bounded all the same.
 //
 // Launched with programmatic dependence or without. What does not depend on the previous kernel is
-// read first: all counts and weights where kCountsAreFinal, else nothing.
+// done first: the setup; for down alone also counts and weights.
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -26,13 +34,6 @@
 #include "gemm_epilogue.cuh"
 
 namespace moe {
-
-#ifdef MOE_TRACE
-__device__ unsigned long long moe_trace[2][264][8];
-#define TRACE(down, event) do { unsigned long long t_; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t_)); moe_trace[down][blockIdx.x][event] = t_; } while (0)
-#else
-#define TRACE(down, event)
-#endif
 
 constexpr int kWgmmaThreads = 384;
 constexpr int kMultiplyThreads = 256;
@@ -61,24 +62,22 @@ struct Widths {
     }
 };
 
-// Few rows an expert: a deep ring of weights.
-struct FewRows {
-    using Columns = Widths<8, 16, 24, 32, 48, 64>;
-    static constexpr int kNarrowRows = 64;
-    static constexpr int kWeightStages = 11;
-    static constexpr int kTokenSlots = 3;
-    static constexpr int kSlotBytes = 64 * kRowBytes;
-    static constexpr int kPending = 0;  // k blocks in flight when a stage is left
+// For decode: few rows an expert, and few items, whose number the last ones to run should not exceed by much.
+struct NarrowShape {
+    using Columns = Widths<8, 16, 24, 32, 48, 64, 80, 96, 128>;
+    static constexpr int kNarrowRows = 64;  // an expert with more is wide (scheduler/claims.cuh)
+    static constexpr int kWeightStages = 7;
+    static constexpr int kTokenSlots = 6;
+    static constexpr int kSlotBytes = 128 * kRowBytes;
 };
 
-// More rows: wider products, with room for their tokens.
-struct ManyRows {
+// For many items, some of experts with many rows: products so wide that weights are read again less often.
+struct WideShape {
     using Columns = Widths<8, 16, 24, 32, 48, 64, 96, 128, 176, 224>;
     static constexpr int kNarrowRows = 96;
     static constexpr int kWeightStages = 6;
     static constexpr int kTokenSlots = 4;
     static constexpr int kSlotBytes = 224 * kRowBytes;
-    static constexpr int kPending = 0;
 };
 
 // Of the 168 that 384 threads may have each at launch.
@@ -94,7 +93,7 @@ __device__ __forceinline__ constexpr int k_blocks_of_slot(int columns) {
 
 // Items the thread that claims them has listed. It is at most a ring of k blocks, so of items, ahead.
 constexpr int kListed = 16;
-static_assert(ManyRows::kWeightStages + 2 < kListed && FewRows::kWeightStages + 2 < kListed,
+static_assert(WideShape::kWeightStages + 2 < kListed && NarrowShape::kWeightStages + 2 < kListed,
               "a listed item stays until it is done");
 // k blocks before the end of an item at which the next is claimed.
 constexpr int kClaimAhead = 4;
@@ -122,8 +121,8 @@ template <class Shape>
 constexpr int kWgmmaExtraBytes = (sizeof(WgmmaShared<Shape>) + 127) / 128 * 128;
 template <class Shape>
 constexpr int kWgmmaSharedBytes = kWgmmaRingBytes<Shape> + kWgmmaExtraBytes<Shape>;
-static_assert(kWgmmaSharedBytes<ManyRows> <= 227 * 1024, "one CTA fits an SM of sm_90");
-static_assert(kWgmmaSharedBytes<FewRows> <= 227 * 1024, "one CTA fits an SM of sm_90");
+static_assert(kWgmmaSharedBytes<WideShape> <= 227 * 1024, "one CTA fits an SM of sm_90");
+static_assert(kWgmmaSharedBytes<NarrowShape> <= 227 * 1024, "one CTA fits an SM of sm_90");
 
 // A position in a ring and the parity of its barriers' phase.
 template <int kStages>
@@ -223,19 +222,35 @@ __device__ __forceinline__ void stream_weights(WgmmaShared<Shape>& shared, const
 
 // An expert's rows of activated are complete when all its gate_up items have been counted.
 template <class Shape>
-__device__ __forceinline__ void wait_for_gate_up(const scheduler::ExpertList<Shape>& experts,
-                                                 const GemmOperands& gate_up, const uint32_t* done, int expert) {
+__device__ __forceinline__ void wait_for_gate_up(const WgmmaShared<Shape>& shared, const StepParams& p,
+                                                 const LocalRank& me, int expert) {
+    const scheduler::ExpertList<Shape>& experts = shared.experts;
     const uint32_t items = static_cast<uint32_t>((experts.narrow[expert + 1] - experts.narrow[expert] +
                                                   experts.wide[expert + 1] - experts.wide[expert]) *
-                                                 gate_up.row_tiles);
-    while (ptx::load_acquire_gpu(done + expert) != items) {
+                                                 shared.operands[scheduler::kGateUpItems].row_tiles);
+    const uint32_t* done = shared.expert_done + expert;
+    if (ptx::load_acquire_gpu(done) == items) {
+        return;
+    }
+    const uint64_t start = ptx::globaltimer_ns();
+    int polls = 0;
+    uint32_t seen;
+    while ((seen = ptx::load_acquire_gpu(done)) != items) {
+        if (++polls == kPollsPerClockRead) {
+            polls = 0;
+            const uint64_t waited = ptx::globaltimer_ns() - start;
+            if (waited > p.timeout_ns) {
+                claim_error_record(me, kInternal, kOpExperts, me.rank, items, seen, waited);
+                return;
+            }
+        }
     }
 }
 
 // Warpgroup 2, warps 1 to 3. A thread copies 16-byte chunk c of rows r, r + 12, .. of each k block.
 template <int kPhases, class Shape>
 __device__ __forceinline__ void gather_tokens(WgmmaShared<Shape>& shared, const Rings<Shape>& rings,
-                                              const LocalRank& me) {
+                                              const StepParams& p, const LocalRank& me) {
     const int thread = threadIdx.x % 128 - 32;
     constexpr int kPass = kGatherThreads / 8;
     const int row0 = thread / 8;
@@ -264,7 +279,7 @@ __device__ __forceinline__ void gather_tokens(WgmmaShared<Shape>& shared, const 
             sources[row] = static_cast<uint32_t>(from * (g.k_blocks * 8));
         }
         if (kPhases == kBothPhases && item.phase == scheduler::kDownItems && thread == 0) {
-            wait_for_gate_up(shared.experts, shared.operands[0], shared.expert_done, item.work.expert);
+            wait_for_gate_up(shared, p, me, item.work.expert);
         }
         if (waits) {
             waits = false;
@@ -317,7 +332,7 @@ __device__ __forceinline__ void gather_tokens(WgmmaShared<Shape>& shared, const 
         // The last CTA that waits for no more gate_up items clears their counts
         uint32_t finished = 0;
         if (thread == 0) {
-            finished = atomicAdd(shared.work + kWorkFinished, 1u);
+            finished = atomicAdd(shared.work + kFinished, 1u);
         }
         if (__shfl_sync(0xffffffffu, finished, 0) == gridDim.x - 1) {
             uint32_t* done = shared.expert_done;
@@ -326,7 +341,7 @@ __device__ __forceinline__ void gather_tokens(WgmmaShared<Shape>& shared, const 
                 done[expert] = 0;
             }
             if (thread == 0) {
-                shared.work[kWorkFinished] = 0;
+                shared.work[kFinished] = 0;
             }
         }
     }
@@ -444,8 +459,7 @@ __device__ __forceinline__ void multiply_item(float (&acc)[kColumns / 8][4], con
 
 template <int kPhases, class Shape>
 __device__ __forceinline__ void multiply(const WgmmaShared<Shape>& shared, const Rings<Shape>& rings,
-                                         const LocalRank& me, const GateUpEpilogue& gate_up,
-                                         const DownEpilogue& down) {
+                                         const GateUpEpilogue& gate_up, const DownEpilogue& down) {
     MultiplierPosition<Shape> at;
     RingPosition<kListed> listed;
     while (true) {
@@ -456,22 +470,16 @@ __device__ __forceinline__ void multiply(const WgmmaShared<Shape>& shared, const
             break;
         }
         const GemmOperands& g = shared.operands[item.phase];
-#ifdef MOE_TRACE
-        if (threadIdx.x == 0) { TRACE(item.phase, 2); ptx::mbarrier_wait(barrier_at(rings.weights_ready, at.weights.index), at.weights.parity); TRACE(item.phase, 3);
-        if (at.in_slot == 0) ptx::mbarrier_wait(barrier_at(rings.tokens_ready, at.tokens.index), at.tokens.parity); TRACE(item.phase, 4); }
-#endif
         Shape::Columns::dispatch(Shape::Columns::columns_for(item.work.rows), [&](auto width) {
             constexpr int kColumns = decltype(width)::value;
             float acc[kColumns / 8][4];
             multiply_item<kColumns>(acc, rings, at, g.k_blocks);
-            if (threadIdx.x == 0) TRACE(item.phase, 5);
             if (kPhases == kGateUpPhase || (kPhases == kBothPhases && item.phase == scheduler::kGateUpItems)) {
                 gate_up.template store<kColumns>(g, item.work, acc);
             } else {
                 down.template store<kColumns>(g, item.work, acc);
             }
         });
-        if (threadIdx.x == 0) TRACE(item.phase, 6);
         if (kPhases == kBothPhases && item.phase == scheduler::kGateUpItems) {
             sync_multipliers();
             if (threadIdx.x == 0) {
@@ -481,10 +489,10 @@ __device__ __forceinline__ void multiply(const WgmmaShared<Shape>& shared, const
     }
 }
 
-// kPhases: gate_up, down or both. counts_are_final: the previous grid does not write them.
+// claimed: the counter of this kernel's items.
 template <class Shape, int kPhases>
 __device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& gate_up, const GemmOperands& down,
-                                                  const LocalRank& me, const Activation& activation) {
+                                                  const StepParams& p, const LocalRank& me, WorkWord claimed) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     constexpr bool kCountsAreFinal = kPhases == kDownPhase;
     extern __shared__ __align__(1024) uint8_t wgmma_rings[];
@@ -526,7 +534,6 @@ __device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& gate_up, c
         const GemmOperands& any = kPhases == kDownPhase ? down : gate_up;
         const int row_tiles[2] = {kPhases & kGateUpPhase ? gate_up.row_tiles : 0,
                                   kPhases & kDownPhase ? down.row_tiles : 0};
-        uint32_t* claimed = shared.work + (kPhases == kDownPhase ? kWorkClaimedDown : kWorkClaimed);
         // why twice: while the previous grid runs there is time to fetch the instructions that stand
         // between the counts and the first copy, and they come from memory as the weights do
 #pragma unroll 1
@@ -534,13 +541,11 @@ __device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& gate_up, c
             if (!kCountsAreFinal && live) {
                 ptx::wait_for_previous_grid();
                 ptx::allow_next_grid();
-                if (thread == 0) TRACE(0, 0);
             }
             shared.experts.build(any.counts, any.experts, thread);
-            if (thread == 0) TRACE(0, 1);
             if (thread < 32) {
                 stream_weights(shared, rings, scheduler::Items<Shape>(shared.experts, any.experts, row_tiles),
-                               claimed, live);
+                               shared.work + claimed, live);
             }
             if (live) {
                 break;
@@ -549,12 +554,11 @@ __device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& gate_up, c
             scheduler::ExpertList<Shape>::sync();
         }
         if (thread >= 32) {
-            gather_tokens<kPhases>(shared, rings, me);
+            gather_tokens<kPhases>(shared, rings, p, me);
         }
     } else {
         ptx::take_registers<kMultiplierRegisters>();
-        multiply<kPhases>(shared, rings, me, GateUpEpilogue{activation}, DownEpilogue{});
-        if (threadIdx.x == 0) TRACE(1, 7);
+        multiply<kPhases>(shared, rings, GateUpEpilogue{Activation(p.activation, p.alpha, p.limit)}, DownEpilogue{});
     }
 #endif
 }

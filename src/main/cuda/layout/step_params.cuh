@@ -35,8 +35,6 @@ constexpr int kTileCols = 64;
 constexpr int kTileBytes = kTileRows * kTileCols * 2;
 constexpr int kMaxTopK = 32;
 constexpr int kMaxRanks = 64;
-constexpr int kMaxShares = 160;      // CTAs that may hand a tile's partial sums to the next
-constexpr int kPartialFloats = 128 * 256;  // of such a tile
 
 enum DType : int32_t { kF32 = 0, kF16 = 1, kBF16 = 2 };
 enum RoutingInput : int32_t { kTopK = 0, kLogits = 1, kHidden = 2 };
@@ -45,7 +43,7 @@ enum ActivationKind : int32_t { kSwiGlu = 0, kClampedSwiGlu = 1 };
 
 // Hard faults; soft ones are only counted. Values are part of the Java API.
 enum FaultCode : uint32_t { kNoFault = 0, kTimeout = 1, kEpochMismatch = 2, kPeerAbort = 3, kInternal = 4 };
-enum FaultOp : uint32_t { kOpDispatchRecv = 1, kOpCombineRecv = 2 };
+enum FaultOp : uint32_t { kOpDispatchRecv = 1, kOpCombineRecv = 2, kOpExperts = 3 };
 
 // In pinned, device-mapped host memory, one per local rank. The first fault claims it: code is stored
 // last with release, so a host that reads a nonzero code with acquire sees the rest.
@@ -119,12 +117,19 @@ struct LocalRank {
     const float* bias_gate_up;        // packed order or null
     const float* bias_down;           // or null
 
-    uint32_t* work;               // [4] WorkWord counters of the wgmma kernels, zero between kernels
+    uint32_t* work;               // [8] WorkWord counters of the wgmma kernels, zero between kernels
     uint32_t* expert_done;        // [L] finished gate_up items, zero between kernels
 };
 
 // Words of LocalRank::work.
-enum WorkWord { kWorkClaimed = 0, kWorkClaimedDown = 1, kWorkFinished = 2 };
+enum WorkWord {
+    kClaimedExperts = 0,  // items that CTAs have claimed, of each kernel
+    kClaimedGateUp = 1,
+    kClaimedDown = 2,
+    kClaimedSharedGateUp = 3,
+    kClaimedSharedDown = 4,
+    kFinished = 5,  // CTAs that wait for no more gate_up items
+};
 
 // The one kernel parameter, __grid_constant__. blockIdx.y is the index into locals.
 struct StepParams {

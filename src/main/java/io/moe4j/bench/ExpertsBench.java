@@ -157,15 +157,8 @@ public final class ExpertsBench {
             BenchCase benchCase, CudaProbe probe, LayerSet layers, int sets, double error) {
         List<BenchRow> rows = new ArrayList<>();
         CudaTimer timer = new CudaTimer(probe, options.sampleMs());
-        boolean splits = CudaProbe.splits(layers.steps().get(0));
-        if (!splits) {
-            notes.add(label(benchCase) + ": the phase is not two kernels, only ch is timed");
-        }
         try (Baseline baseline = new Baseline(benchCase, probe, timer, sets)) {
             for (Stage stage : List.of(Stage.G1, Stage.G2, Stage.CHAIN)) {
-                if (stage != Stage.CHAIN && !splits) {
-                    continue;
-                }
                 int rotating = Math.min(sets, wantedSets(benchCase, stage));
                 List<BoundStep> steps = layers.steps().subList(0, rotating);
                 Part part = part(stage);

@@ -267,8 +267,8 @@ final class CudaLayer implements MoeLayer {
                         "epoch",
                         "arrivals",
                         "totals",
-                        "partial_sums",
-                        "partial_ready")) {
+                        "work",
+                        "expert_done")) {
             to.put(buffer, handle.workspace(rank, buffer));
         }
         to.put("error", handle.errorAddress(rank));
@@ -423,28 +423,34 @@ final class CudaLayer implements MoeLayer {
         }
     }
 
-    /** For benches: kernels of the experts phase; 2 if gate/up and down are one kernel each. */
-    int expertKernels() {
-        requirePrepared();
-        return kernels.of(Phase.EXPERTS).length;
-    }
-
     /** For benches: the kernels of the experts phase, in order. */
     List<String> expertSymbols() {
+        return expertSymbols(CudaProbe.Part.CHAIN);
+    }
+
+    /** For benches: the kernels of a part of the experts phase, in order. */
+    List<String> expertSymbols(CudaProbe.Part part) {
+        return Arrays.stream(expertKernels(part)).map(Kernel::symbol).toList();
+    }
+
+    private Kernel[] expertKernels(CudaProbe.Part part) {
         requirePrepared();
-        return Arrays.stream(kernels.of(Phase.EXPERTS)).map(Kernel::symbol).toList();
+        return switch (part) {
+            case CHAIN -> kernels.of(Phase.EXPERTS);
+            case GATE_UP -> new Kernel[] {kernels.gateUp()};
+            case DOWN -> new Kernel[] {kernels.down()};
+        };
     }
 
     /**
-     * For benches: launches the experts phase, or some of its kernels, on rows that an earlier step
+     * For benches: launches the experts phase, or one of its products, on rows that an earlier step
      * left in the buffers; as often as wanted and outside the order of phases.
      */
-    void launchExperts(long stream, CudaStep step, int firstKernel, int lastKernel) {
-        requirePrepared();
-        Kernel[] flow = kernels.of(Phase.EXPERTS);
+    void launchExperts(long stream, CudaStep step, CudaProbe.Part part) {
+        Kernel[] flow = expertKernels(part);
         try (Scope scope = context.enter()) {
-            for (int kernel = firstKernel; kernel <= lastKernel; kernel++) {
-                flow[kernel].launch(context.driver(), config.ranks(), stream, step.params());
+            for (Kernel kernel : flow) {
+                kernel.launch(context.driver(), config.ranks(), stream, step.params());
             }
         }
     }
@@ -648,6 +654,7 @@ final class CudaLayer implements MoeLayer {
                 switch (handle.errorInt(rank, "op")) {
                     case 1 -> "dispatch_recv";
                     case 2 -> "combine_recv";
+                    case 3 -> "experts";
                     default -> "operation " + handle.errorInt(rank, "op");
                 };
         String what =
@@ -702,7 +709,8 @@ final class CudaLayer implements MoeLayer {
                         "epoch",
                         "arrivals",
                         "totals",
-                        "partial_ready");
+                        "work",
+                        "expert_done");
         try (Scope scope = context.enter()) {
             context.driver().contextSynchronize();
             for (CudaHandle handle : handles) {

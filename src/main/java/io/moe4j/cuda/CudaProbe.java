@@ -116,31 +116,19 @@ public final class CudaProbe implements AutoCloseable {
         }
     }
 
-    /** Whether the step's experts phase is one kernel for gate/up and one for down. */
-    public static boolean splits(BoundStep step) {
-        return ((CudaStep) step).cudaLayer().expertKernels() == 2;
-    }
-
     /** The kernels of a part of the experts phase, in order. */
     public static List<String> kernels(BoundStep step, Part part) {
-        List<String> all = ((CudaStep) step).cudaLayer().expertSymbols();
-        int last = all.size() - 1;
-        return all.subList(part == Part.DOWN ? last : 0, part == Part.GATE_UP ? 1 : all.size());
+        return ((CudaStep) step).cudaLayer().expertSymbols(part);
     }
 
     /**
      * Enqueues a part of the experts phase, as a step launches it, on rows that an earlier step
-     * left in the buffers.
+     * left in the buffers. A layer that computes both products in one kernel launches one product
+     * by the kernel that computes it alone.
      */
     public void launchExperts(BoundStep step, Part part) {
         CudaStep cuda = (CudaStep) step;
-        int last = cuda.cudaLayer().expertKernels() - 1;
-        cuda.cudaLayer()
-                .launchExperts(
-                        stream(),
-                        cuda,
-                        part == Part.DOWN ? last : 0,
-                        part == Part.GATE_UP ? 0 : last);
+        cuda.cudaLayer().launchExperts(stream(), cuda, part);
     }
 
     /** Captures {@code rounds} rounds of a part of the experts phase over steps of any layers. */

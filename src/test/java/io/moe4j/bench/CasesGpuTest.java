@@ -61,6 +61,9 @@ class CasesGpuTest {
             MoeConfig other = config.toBuilder().expectedRowsPerExpert(rows).build();
             assertEqual(one, want, run("", other, input, errors, one));
         }
+        for (String gemm : List.of("wide", "split")) {
+            assertEqual(one, want, run(gemm, config, input, errors, one));
+        }
         System.out.printf(
                 "BITWISE case=%d %s tokens=%d kernels=%s mismatches=0, %d tokens off by at most"
                         + " %.2e from float64%n",
@@ -97,9 +100,9 @@ class CasesGpuTest {
             layers.runAll();
             float[] out = layers.output(0);
             String kernels =
-                    CudaProbe.kernels(layers.steps().get(0), CudaProbe.Part.GATE_UP).get(0);
+                    String.join("+", CudaProbe.kernels(layers.steps().get(0), CudaProbe.Part.CHAIN));
             double error = gemm.equals("mma") ? worst(layers.layer().config(), input, out, one) : 0;
-            ran.put(kernels.replace("moe_gate_up_", ""), error);
+            ran.put(kernels.replace("moe_", ""), error);
             return out;
         } finally {
             System.clearProperty("moe4j.cuda.gemm");

@@ -112,8 +112,7 @@ class CudaLayerRecordingTest {
                             "moe_dispatch_index",
                             "moe_shared_gate_up_wgmma",
                             "moe_shared_down_wgmma",
-                            "moe_gate_up_wgmma_some",
-                            "moe_down_wgmma_some",
+                            "moe_experts_wgmma",
                             "moe_combine_send",
                             "moe_combine_recv"));
             List<String> thrice = new ArrayList<>(flow);
@@ -134,14 +133,36 @@ class CudaLayerRecordingTest {
     }
 
     @ParameterizedTest
-    @CsvSource({"1, few", "8, few", "9, some", "0, some", "65, wgmma"})
-    void shouldChooseKernelsByTheRowsThatAreExpected(int rows, String shape) {
+    @CsvSource({"1, 64, wgmma", "16, 64, wgmma", "15, 8192, wgmma", "16, 8192, wgmma_wide"})
+    void shouldChooseKernelsByTheRowsThatAreExpected(int rows, int intermediate, String shape) {
+        MoeShape sizes = MoeShape.of(64, intermediate, 8, 2);
         MoeConfig config =
-                open(RoutingInput.TOPK, 2).config().toBuilder().expectedRowsPerExpert(rows).build();
+                MoeConfig.builder()
+                        .weights(RandomWeights.of(sizes, 3))
+                        .maxTokensPerRank(4)
+                        .expectedRowsPerExpert(rows)
+                        .build();
         KernelCatalog catalog = KernelCatalog.choose(driver, 0);
         try (CudaLayer layer = CudaBackendProvider.open(driver, catalog, config, "test")) {
             layer.prepare();
-            assertThat(layer.expertSymbols()).last().asString().endsWith(shape);
+            assertThat(layer.expertSymbols()).containsExactly("moe_experts_" + shape);
+        }
+    }
+
+    @ParameterizedTest
+    @CsvSource({
+        "mma, moe_gate_up_mma moe_down_mma",
+        "wgmma, moe_experts_wgmma",
+        "wide, moe_experts_wgmma_wide",
+        "split, moe_gate_up_wgmma moe_down_wgmma"
+    })
+    void shouldRunTheKernelsThatThePropertyAsksFor(String gemm, String kernels) {
+        System.setProperty("moe4j.cuda.gemm", gemm);
+        try (CudaLayer layer = open(RoutingInput.TOPK, 2)) {
+            layer.prepare();
+            assertThat(String.join(" ", layer.expertSymbols())).endsWith(kernels);
+        } finally {
+            System.clearProperty("moe4j.cuda.gemm");
         }
     }
 
@@ -159,7 +180,7 @@ class CudaLayerRecordingTest {
                             .map(CudaLayerRecordingTest::launch)
                             .toList();
             recording.clearCalls();
-            layer.launchExperts(stream, step, 0, layer.expertKernels() - 1);
+            layer.launchExperts(stream, step, CudaProbe.Part.CHAIN);
             assertThat(recording.launches())
                     .extracting(CudaLayerRecordingTest::launch)
                     .isEqualTo(inStep);

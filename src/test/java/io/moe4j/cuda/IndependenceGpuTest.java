@@ -239,6 +239,12 @@ class IndependenceGpuTest {
         for (int[] size : sizes) {
             runners.add(new Runner("", size[0], size[1]));
         }
+        if (runners.stream().anyMatch(r -> r.label.contains("wgmma"))) {
+            for (String gemm : List.of("wide", "split")) {
+                runners.add(new Runner(gemm, 64, 0));
+                runners.add(new Runner(gemm, 1024, 0));
+            }
+        }
     }
 
     @AfterAll

@@ -19,11 +19,23 @@ import java.util.Map;
  * Grids depend on the layer's sizes and the GPU alone, never on counts. Owned by a layer.
  */
 public final class LoadedKernels implements AutoCloseable {
-    private static final int SOME_ROWS = 64;
+    // What the matrix kernels of a layer are called after
+    private static final String MMA = "mma";
+    private static final String FUSED = "wgmma";
+    private static final String FUSED_WIDE = "wgmma_wide";
+    private static final String SPLIT = "wgmma_split";
+
+    /** Fewer rows an expert than this make products for many rows pointless. */
+    private static final int WIDE_ROWS = 16;
+
+    /** With fewer tiles an SM than this, the long items of many rows would end too late. */
+    private static final int WIDE_TILES = 4;
 
     private final KernelModule module;
     private final Map<String, Kernel> bySymbol = new LinkedHashMap<>();
     private final Map<Phase, Kernel[]> byPhase = new EnumMap<>(Phase.class);
+    private final Kernel gateUp;
+    private final Kernel down;
 
     LoadedKernels(Context context, KernelCatalog catalog, MoeConfig config) {
         module = new KernelModule(context, catalog.file(), catalog.imageBytes());
@@ -46,6 +58,8 @@ public final class LoadedKernels implements AutoCloseable {
                                 def.pdl() && pdl));
             }
             String gemm = gemm(config, sms);
+            gateUp = kernel(gemm.equals(MMA) ? "moe_gate_up_mma" : "moe_gate_up_wgmma");
+            down = kernel(gemm.equals(MMA) ? "moe_down_mma" : "moe_down_wgmma");
             for (Phase phase : Phase.values()) {
                 byPhase.put(phase, flow(phase, config, gemm));
             }
@@ -71,13 +85,17 @@ public final class LoadedKernels implements AutoCloseable {
                 symbols.add("moe_dispatch_index");
             }
             case EXPERTS -> {
+                String alone = gemm.equals(MMA) ? "mma" : "wgmma";
                 if (config.usesSharedExpert()) {
-                    String shared = gemm.equals("mma") ? "mma" : "wgmma";
-                    symbols.add("moe_shared_gate_up_" + shared);
-                    symbols.add("moe_shared_down_" + shared);
+                    symbols.add("moe_shared_gate_up_" + alone);
+                    symbols.add("moe_shared_down_" + alone);
                 }
-                symbols.add("moe_gate_up_" + gemm);
-                symbols.add("moe_down_" + gemm);
+                if (gemm.equals(MMA) || gemm.equals(SPLIT)) {
+                    symbols.add("moe_gate_up_" + alone);
+                    symbols.add("moe_down_" + alone);
+                } else {
+                    symbols.add("moe_experts_" + gemm);
+                }
             }
             case COMBINE_SEND -> symbols.add("moe_combine_send");
             case COMBINE_RECV -> symbols.add("moe_combine_recv");
@@ -88,32 +106,38 @@ public final class LoadedKernels implements AutoCloseable {
 
     /**
      * Which matrix kernels run, all of which give the same bits: those of wgmma where the image has
-     * them, unless the system property {@code moe4j.cuda.gemm} asks for {@code mma}. They come for
-     * few, some and many rows of an expert; the choice is by the layer's sizes, never by counts.
+     * them, both products in one kernel, in one of two shapes by the layer's sizes, never by
+     * counts. The system property {@code moe4j.cuda.gemm} may ask for {@code mma}, for {@code
+     * wgmma}, for its {@code wide} shape, or for {@code split}, a kernel for each product.
      */
     private String gemm(MoeConfig config, int sms) {
         String wanted = System.getProperty("moe4j.cuda.gemm", "");
-        if (!List.of("", "mma", "wgmma").contains(wanted)) {
+        if (!List.of("", "mma", "wgmma", "wide", "split").contains(wanted)) {
             throw new IllegalArgumentException(
-                    "moe4j.cuda.gemm=" + wanted + " is neither mma nor wgmma");
+                    "moe4j.cuda.gemm=" + wanted + " is none of mma, wgmma, wide and split");
         }
-        boolean hopper = bySymbol.containsKey("moe_gate_up_wgmma");
-        if (wanted.equals("wgmma") && !hopper) {
+        boolean hopper = bySymbol.containsKey("moe_experts_wgmma");
+        if (!hopper && !List.of("", "mma").contains(wanted)) {
             throw new BackendUnavailableException(
-                    "moe4j.cuda.gemm=wgmma needs the kernels for sm_90a, but this image is portable");
+                    "moe4j.cuda.gemm="
+                            + wanted
+                            + " needs the kernels for sm_90a, but this image is portable");
         }
         if (wanted.equals("mma") || !hopper) {
-            return "mma";
+            return MMA;
         }
-        long rows = DeviceLayout.averageRows(config);
-        if (rows <= DeviceLayout.FEW_ROWS) {
-            return "wgmma_few";
+        if (wanted.equals("split")) {
+            return SPLIT;
         }
-        // Tiles for fewer than two rounds fill the SMs better by two small CTAs each
+        if (wanted.equals("wide")) {
+            return FUSED_WIDE;
+        }
         long tiles =
                 (long) config.expertsPerRank()
                         * (2 * DeviceLayout.pad(config.shape().intermediate()) / 128);
-        return rows <= SOME_ROWS && tiles <= 2L * sms ? "wgmma_some" : "wgmma";
+        boolean wide =
+                DeviceLayout.averageRows(config) >= WIDE_ROWS && tiles >= (long) WIDE_TILES * sms;
+        return wide ? FUSED_WIDE : FUSED;
     }
 
     /** The rules of kernels.def. */
@@ -148,6 +172,16 @@ public final class LoadedKernels implements AutoCloseable {
     /** The kernels of a phase, in order. */
     public Kernel[] of(Phase phase) {
         return byPhase.get(phase);
+    }
+
+    /** Gate, up and activation alone, for measuring. */
+    public Kernel gateUp() {
+        return gateUp;
+    }
+
+    /** The down product alone, for measuring. */
+    public Kernel down() {
+        return down;
     }
 
     /** A kernel by its symbol. */

@@ -22,12 +22,6 @@ public final class DeviceLayout {
     /** Most groups of a routing rule: what the router's bitmap in shared memory holds. */
     public static final int MAX_GROUPS = 1024;
 
-    /** Up to so many average rows of an expert, kernels for few rows run: they cut no tiles. */
-    public static final int FEW_ROWS = 8;
-
-    private static final int MAX_SHARES = 160; // kMaxShares of step_params.cuh
-    private static final int PARTIAL_BYTES = 128 * 256 * 4;
-
     private final MoeConfig config;
     private final Region symmetric = new Region();
     private final Region workspace = new Region();
@@ -81,9 +75,8 @@ public final class DeviceLayout {
         workspace.add("epoch", "8", 8);
         workspace.add("arrivals", "32", 32);
         workspace.add("totals", "32", 32);
-        boolean cuts = averageRows(config) > FEW_ROWS;
-        workspace.add("partial_sums", "160*131072", cuts ? MAX_SHARES : 0, PARTIAL_BYTES);
-        workspace.add("partial_ready", "160*4", cuts ? MAX_SHARES : 0, 4);
+        workspace.add("work", "32", 32);
+        workspace.add("expert_done", "L*4", l, 4);
 
         weights.add("w_gate_up", "E*2*Ip*Hp*2", e, gateUpRows(), hp, 2);
         weights.add("w_down", "E*Hp128*Ip*2", e, downRows(), ip, 2);

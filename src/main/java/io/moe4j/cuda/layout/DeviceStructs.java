@@ -72,8 +72,8 @@ public final class DeviceStructs {
                     "ptr w_down",
                     "ptr bias_gate_up",
                     "ptr bias_down",
-                    "ptr partial_sums",
-                    "ptr partial_ready");
+                    "ptr work",
+                    "ptr expert_done");
 
     /** The one parameter of every kernel of a step. */
     public static final CStruct STEP_PARAMS =
