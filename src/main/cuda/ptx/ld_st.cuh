@@ -36,10 +36,6 @@ __device__ __forceinline__ uint32_t load_acquire_gpu(const uint32_t* address) {
     return value;
 }
 
-__device__ __forceinline__ void store_release_gpu(uint32_t* address, uint32_t value) {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
-}
-
 __device__ __forceinline__ void add_release_gpu(uint32_t* address, uint32_t value) {
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }

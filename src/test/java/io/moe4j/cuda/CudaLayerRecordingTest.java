@@ -225,7 +225,7 @@ class CudaLayerRecordingTest {
             long stream = recording.foreignStream();
             recording.clearCalls();
             try (MoeGraph graph = layer.capture(stream, step)) {
-                assertThat(graph.nodeCount()).isEqualTo(10);
+                assertThat(graph.nodeCount()).isEqualTo(9);
                 recording.clearCalls();
                 try (CheckedDriver.Zone zone = driver.noSyncZone("replay")) {
                     graph.launch(stream);
@@ -260,7 +260,7 @@ class CudaLayerRecordingTest {
                                             new io.moe4j.GraphPart(
                                                     step, Phase.EXPERTS, Phase.COMBINE_RECV)))) {
                 assertThat(front.nodeCount()).isEqualTo(4);
-                assertThat(back.nodeCount()).isEqualTo(6);
+                assertThat(back.nodeCount()).isEqualTo(5);
             }
         }
     }
@@ -419,7 +419,7 @@ class CudaLayerRecordingTest {
             BoundStep step = layer.bind(tensors(inner));
             assertThat(layer.violations()).as("waits outside of a step are fine").isEmpty();
             layer.enqueue(recording.foreignStream(), step);
-            assertThat(layer.violations()).hasSize(10);
+            assertThat(layer.violations()).hasSize(9);
             assertThat(layer.violations().get(0))
                     .contains("cuCtxSynchronize may wait for the device")
                     .contains("no-sync zone enqueue")
