@@ -117,11 +117,9 @@ __device__ __forceinline__ void store_8x8(__nv_bfloat16* out, int64_t row0, int 
 struct GateUpEpilogue {
     Activation activation;
 
-    __device__ __forceinline__ float value(float gate, float up, float gate_bias, float up_bias,
-                                           bool real) const {
-        const float activated = activation(__fadd_rn(gate, gate_bias), __fadd_rn(up, up_bias));
-        // why: a token with an Inf would leave NaN, not zero, in the pad
-        return real ? activated : 0.0f;
+    __device__ __forceinline__ float value(float gate, float up, float gate_bias,
+                                           float up_bias) const {
+        return activation(__fadd_rn(gate, gate_bias), __fadd_rn(up, up_bias));
     }
 
     template <int kColumns, int kBlocks>
@@ -145,7 +143,8 @@ struct GateUpEpilogue {
             float v[2];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                v[i] = value(acc[j][i], acc[j][i + 2], gate_bias, up_bias, real);
+                // why: a token with an Inf would leave NaN, not zero, in the pad
+                v[i] = real ? value(acc[j][i], acc[j][i + 2], gate_bias, up_bias) : 0.0f;
             }
             store_8x8(g.out, row0, 8 * j, work.rows, g.out_pitch, feature0, pack_bf16(v[0], v[1]));
         }
@@ -154,8 +153,8 @@ struct GateUpEpilogue {
 
 // Bias, bf16. Lane: feature lane / 4 of the warp's 16 in acc[.][0..1], feature lane / 4 + 8 in [2..3].
 struct DownEpilogue {
-    __device__ __forceinline__ float value(float sum, float bias, bool real) const {
-        return real ? __fadd_rn(sum, bias) : 0.0f;
+    __device__ __forceinline__ float value(float sum, float bias) const {
+        return __fadd_rn(sum, bias);
     }
 
     template <int kColumns, int kBlocks>
@@ -180,7 +179,7 @@ struct DownEpilogue {
                 float v[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    v[i] = value(acc[j][2 * half + i], add, real);
+                    v[i] = real ? value(acc[j][2 * half + i], add) : 0.0f;
                 }
                 store_8x8(g.out, row0, 8 * j, work.rows, g.out_pitch, feature0 + 8 * half,
                           pack_bf16(v[0], v[1]));

@@ -51,7 +51,7 @@ struct Shape {
     static constexpr int kBlocks = kMaxColumns / 8;
     static constexpr int kWeightBytes = 2 * kTileBytes;
     static constexpr int kTokenBytes = kMaxColumns * kRowBytes;
-    static constexpr int kTurnBytes = kTurned * 512;
+    static constexpr int kTurnBytes = 2 * kTurned * 512;
     static constexpr int kRingBytes = kStages * (kWeightBytes + kTokenBytes);
     static constexpr int kSharedBytes = kRingBytes + kMultiplyThreads / 32 * kTurnBytes + 1024;
     static_assert(kSharedBytes <= 227 * 1024, "one CTA fits an SM of sm_90");
@@ -232,7 +232,7 @@ __device__ __forceinline__ void stream_weights(Shared<Shape>& shared, const Addr
         list.leave();
 #pragma unroll 1
         for (int k = 0; k < k_blocks; k++) {
-            ptx::mbarrier_wait_cluster(barrier_at(at.stage_free, stage.index), stage.parity ^ 1);
+            ptx::mbarrier_wait(barrier_at(at.stage_free, stage.index), stage.parity ^ 1);
             const uint32_t ready = barrier_at(at.stage_ready, stage.index);
             ptx::mbarrier_arrive_expect(ready, Shape::kWeightBytes);
             ptx::bulk_copy_to_all(at.weights(stage.index) + rank * kTileBytes, from, kTileBytes, ready,
@@ -349,44 +349,53 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[2][Shape::kBlocks][4]
     }
 }
 
-// This CTA's rows of a tile, as the warps store them.
-struct OutRows {
-    __nv_bfloat16* out;  // of the first
-    int rows;
-    int pitch;
+// Stores what a warp has turned: pieces of 512 bytes, kLanes lanes for a row's 16 * kLanes bytes. Two
+// buffers: a batch of pieces is read back while the next is made.
+template <int kTurned, int kLanes>
+class RowStores {
+   public:
+    static constexpr int kRows = 32 / kLanes;  // of a piece
 
-    __device__ __forceinline__ OutRows(const GemmOperands& g, const Tile& tile, int rank)
-        : rows(min(tile.rows - rank * tile.width, tile.width)), pitch(g.out_pitch) {
+    __device__ __forceinline__ RowStores(const GemmOperands& g, const Tile& tile, int rank, int feature0)
+        : rows(min(tile.rows - rank * tile.width, tile.width)), pitch_(g.out_pitch) {
+        const int lane = threadIdx.x % 32;
+        const int chunk = lane % kLanes;
+        row_ = lane / kLanes;
+        from_ = 16 * (kLanes * row_ + (chunk ^ (row_ / (8 / kLanes) % kLanes)));
         const int64_t first = static_cast<int64_t>(g.offsets == nullptr ? 0 : g.offsets[tile.expert]) +
                               tile.first_row + rank * tile.width;
-        out = g.out + first * pitch;
+        out_ = g.out + (first + row_) * pitch_ + feature0 + 8 * chunk;
     }
-};
 
-// A warp turns kTurned pieces of 512 bytes. kLanes lanes store the bytes of a row.
-template <int kTurned, int kLanes>
-__device__ __forceinline__ void store_turned(uint32_t turn, const OutRows& to, int row0, int feature0) {
-    const int lane = threadIdx.x % 32;
-    constexpr int kRows = 32 / kLanes;
-    const int row = lane / kLanes;
-    const int chunk = lane % kLanes;
-    const uint32_t from = turn + 16 * (kLanes * row + (chunk ^ (row / (8 / kLanes) % kLanes)));
-    __syncwarp();
+    // Takes the batch in the buffer; the one before must have been put.
+    __device__ __forceinline__ void take(uint32_t buffer) {
+        __syncwarp();
 #pragma unroll
-    for (int i = 0; i < kTurned; i++) {
-        uint4 v;
-        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                     : "r"(from + 512 * i)
-                     : "memory");
-        const int out_row = row0 + kRows * i + row;
-        if (out_row < to.rows) {
-            *reinterpret_cast<uint4*>(to.out + static_cast<int64_t>(out_row) * to.pitch + feature0 +
-                                      8 * chunk) = v;
+        for (int i = 0; i < kTurned; i++) {
+            held_[i] = ptx::load_shared_16(buffer + from_ + 512 * i);
         }
     }
-    __syncwarp();
-}
+
+    __device__ __forceinline__ void put() {
+#pragma unroll
+        for (int i = 0; i < kTurned; i++) {
+            if (row_ < rows) {
+                *reinterpret_cast<uint4*>(out_) = held_[i];
+            }
+            row_ += kRows;
+            out_ += kRows * pitch_;
+        }
+    }
+
+    const int rows;  // of this CTA
+
+   private:
+    const int64_t pitch_;
+    int row_;
+    uint32_t from_;
+    __nv_bfloat16* out_;
+    uint4 held_[kTurned];
+};
 
 // The epilogue of a warp: of the row tile, packed rows 32 warp + lane / 4 in acc[0][.][0..1], 8 rows on in
 // acc[1][.][0..1], 16 in acc[0][.][2..3], 24 in acc[1][.][2..3]. Gate and up alternate: 16 features.
@@ -412,13 +421,14 @@ __device__ __forceinline__ void store(const GateUpEpilogue& epilogue, const Gemm
             up_bias[half] = bias[16 * half + 8];
         }
     }
-    const OutRows to(g, tile, rank);
+    RowStores<Shape::kTurned, 2> stores(g, tile, rank, feature0);
     // The lane's address among 16 rows of 32 bytes: matrices are (features, rows), features first
     const int row = lane / 16 * 8 + lane % 8;
     const uint32_t place = turn + 32 * row + 16 * ((lane / 8 ^ row / 4) % 2);
 #pragma unroll
     for (int j0 = 0; j0 < Shape::kBlocks; j0 += 2 * Shape::kTurned) {
-        if (8 * j0 < to.rows) {
+        const uint32_t buffer = j0 / (2 * Shape::kTurned) % 2 * (Shape::kTurnBytes / 2);
+        if (8 * j0 < stores.rows) {
 #pragma unroll
             for (int i = 0; i < Shape::kTurned; i++) {
                 uint32_t m[2][2];
@@ -431,15 +441,21 @@ __device__ __forceinline__ void store(const GateUpEpilogue& epilogue, const Gemm
 #pragma unroll
                         for (int e = 0; e < 2; e++) {
                             v[e] = epilogue.value(acc[0][j][2 * half + e], acc[1][j][2 * half + e],
-                                                  gate_bias[half], up_bias[half], real[half]);
+                                                  gate_bias[half], up_bias[half]);
                         }
-                        m[next][half] = pack_bf16(v[0], v[1]);
+                        m[next][half] = real[half] ? pack_bf16(v[0], v[1]) : 0;
                     }
                 }
-                ptx::stmatrix_x4_transposed(place + 512 * i, m[0][0], m[0][1], m[1][0], m[1][1]);
+                ptx::stmatrix_x4_transposed(place + buffer + 512 * i, m[0][0], m[0][1], m[1][0], m[1][1]);
             }
-            store_turned<Shape::kTurned, 2>(turn, to, 8 * j0, feature0);
+            if (j0 > 0) {
+                stores.put();
+            }
+            stores.take(turn + buffer);
         }
+    }
+    if (stores.rows > 0) {
+        stores.put();
     }
 }
 
@@ -465,12 +481,13 @@ __device__ __forceinline__ void store(const DownEpilogue& epilogue, const GemmOp
         real[eight] = feature0 + 8 * eight + lane / 4 < g.features;
         add[eight] = bias == nullptr ? 0.0f : bias[8 * eight];
     }
-    const OutRows to(g, tile, rank);
+    RowStores<Shape::kTurned, 4> stores(g, tile, rank, feature0);
     // The lane's address among 8 rows of 64 bytes: matrices are features
     const uint32_t place = turn + 64 * (lane % 8) + 16 * (lane / 8 ^ lane % 8 / 2);
 #pragma unroll
     for (int j0 = 0; j0 < Shape::kBlocks; j0 += Shape::kTurned) {
-        if (8 * j0 < to.rows) {
+        const uint32_t buffer = j0 / Shape::kTurned % 2 * (Shape::kTurnBytes / 2);
+        if (8 * j0 < stores.rows) {
 #pragma unroll
             for (int i = 0; i < Shape::kTurned; i++) {
                 const int j = min(j0 + i, Shape::kBlocks - 1);
@@ -478,13 +495,20 @@ __device__ __forceinline__ void store(const DownEpilogue& epilogue, const GemmOp
 #pragma unroll
                 for (int eight = 0; eight < 4; eight++) {
                     const int half = eight / 2 * 2;
-                    m[eight] = pack_bf16(epilogue.value(acc[eight % 2][j][half], add[eight], real[eight]),
-                                         epilogue.value(acc[eight % 2][j][half + 1], add[eight], real[eight]));
+                    const uint32_t pair = pack_bf16(epilogue.value(acc[eight % 2][j][half], add[eight]),
+                                                    epilogue.value(acc[eight % 2][j][half + 1], add[eight]));
+                    m[eight] = real[eight] ? pair : 0;
                 }
-                ptx::stmatrix_x4_transposed(place + 512 * i, m[0], m[1], m[2], m[3]);
+                ptx::stmatrix_x4_transposed(place + buffer + 512 * i, m[0], m[1], m[2], m[3]);
             }
-            store_turned<Shape::kTurned, 4>(turn, to, 8 * j0, feature0);
+            if (j0 > 0) {
+                stores.put();
+            }
+            stores.take(turn + buffer);
         }
+    }
+    if (stores.rows > 0) {
+        stores.put();
     }
 }
 

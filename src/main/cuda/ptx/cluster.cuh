@@ -18,27 +18,16 @@ __device__ __forceinline__ void cluster_sync() {
 }
 
 // Arrives at the barrier that lies at this address in another CTA of the cluster, or in this one.
+// why no scope of the cluster: a release to it waits for all of the thread's stores, which cost the matrix
+// kernels a quarter of their time; what they release are reads that wgmma has ended
 __device__ __forceinline__ void mbarrier_arrive_at(uint32_t barrier, uint32_t rank) {
     asm volatile(
         "{\n"
         ".reg .b32 there;\n"
         "mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
         "}\n" ::"r"(barrier),
         "r"(rank)
-        : "memory");
-}
-
-// As mbarrier_wait, for arrivals from other CTAs of the cluster too.
-__device__ __forceinline__ void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "WAIT:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra WAIT;\n"
-        "}\n" ::"r"(barrier),
-        "r"(parity)
         : "memory");
 }
 

@@ -1,4 +1,4 @@
-// Matrix fragments to shared memory (PTX ISA 9.7.14.5.16).
+// Matrix fragments to shared memory (PTX ISA 9.7.14.5.16), and their way back.
 #pragma once
 #include <cstdint>
 
@@ -12,6 +12,16 @@ __device__ __forceinline__ void stmatrix_x4_transposed(uint32_t shared_address, 
                      shared_address),
                  "r"(m0), "r"(m1), "r"(m2), "r"(m3)
                  : "memory");
+}
+
+// 16 bytes of shared memory, after what this thread did before in program order.
+__device__ __forceinline__ uint4 load_shared_16(uint32_t shared_address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(shared_address)
+                 : "memory");
+    return v;
 }
 
 }  // namespace moe::ptx
