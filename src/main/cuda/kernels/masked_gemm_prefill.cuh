@@ -62,8 +62,8 @@ __device__ __forceinline__ constexpr int columns_for(int width) {
     return width <= 16 || width >= 96 ? width : (width + 15) / 16 * 16;
 }
 
-// What a cluster works on: token rows first_row .. first_row + rows - 1 of the expert, of which CTA 0 takes
-// the first `width`, and two row tiles.
+// What a cluster works on: packed token rows first_row .. first_row + rows - 1 of an expert, of which CTA 0
+// takes the first `width` and CTA 1 the rest, and two row tiles.
 struct Tile {
     int expert;
     int row_tile;   // the first, even
@@ -126,6 +126,7 @@ __device__ __forceinline__ void deal_tiles(Shared<Shape>& shared, const Addresse
     constexpr int kMaxUnits = Shape::kMaxColumns / 8;
     const int lane = threadIdx.x % 32;
     const int* counts = shared.operands.counts;
+    const int* offsets = shared.operands.offsets;
     const int experts = shared.operands.experts;
     const int pairs = (shared.operands.row_tiles + 1) / 2;
     const int step = gridDim.x / kClusterCtas;
@@ -133,7 +134,7 @@ __device__ __forceinline__ void deal_tiles(Shared<Shape>& shared, const Addresse
 
     Position<kListedTiles> slot;
     int group = 0;  // of 32 experts
-    int rows, end = 0;  // of the lane's expert
+    int rows, first_row, end = 0;  // of the lane's expert
     bool listed = true;
     while (listed) {
         // The group of experts that has the tile
@@ -141,6 +142,7 @@ __device__ __forceinline__ void deal_tiles(Shared<Shape>& shared, const Addresse
         for (;;) {
             const int expert = group + lane;
             rows = expert < experts ? max(counts[expert], 0) : 0;
+            first_row = rows > 0 && offsets != nullptr ? offsets[expert] : 0;
             units = (rows + 15) / 16;
             blocks = (units + kMaxUnits - 1) / kMaxUnits;
             tiles = blocks * pairs;
@@ -174,9 +176,9 @@ __device__ __forceinline__ void deal_tiles(Shared<Shape>& shared, const Addresse
                     const int unit = block * units / blocks;
                     tile.expert = group + lane;
                     tile.row_tile = 2 * pair;
-                    tile.first_row = 16 * unit;
+                    tile.first_row = first_row + 16 * unit;
                     tile.width = 8 * ((block + 1) * units / blocks - unit);
-                    tile.rows = min(2 * tile.width, rows - tile.first_row);
+                    tile.rows = min(2 * tile.width, rows - 16 * unit);
                 }
                 shared.tiles[slot.index] = tile;
                 ptx::mbarrier_arrive(barrier_at(at.tile_ready, slot.index));
@@ -261,9 +263,8 @@ __device__ __forceinline__ void gather_tokens(Shared<Shape>& shared, const Addre
         if (width == 0) {
             return;
         }
-        const int first = (g.offsets == nullptr ? 0 : g.offsets[tile.expert]) + tile.first_row;
-        const int last = first + tile.rows - 1;
-        const int row = first + rank * width + row0;
+        const int last = tile.first_row + tile.rows - 1;
+        const int row = tile.first_row + rank * width + row0;
         const uint32_t pitch = k_blocks * 8;
         // why: 32 bits of 16-byte chunks reach 64 GiB, and there are many of them
         uint32_t source[Shape::kBlocks];
@@ -349,6 +350,11 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[2][Shape::kBlocks][4]
     }
 }
 
+// Keeps a value in its register: the compiler would compute it again wherever it is used.
+__device__ __forceinline__ void keep(uint32_t& value) {
+    asm volatile("" : "+r"(value));
+}
+
 // Stores what a warp has turned: pieces of 512 bytes, kLanes lanes for a row's 16 * kLanes bytes. Two
 // buffers: a batch of pieces is read back while the next is made.
 template <int kTurned, int kLanes>
@@ -356,23 +362,25 @@ class RowStores {
    public:
     static constexpr int kRows = 32 / kLanes;  // of a piece
 
-    __device__ __forceinline__ RowStores(const GemmOperands& g, const Tile& tile, int rank, int feature0)
-        : rows(min(tile.rows - rank * tile.width, tile.width)), pitch_(g.out_pitch) {
+    __device__ __forceinline__ RowStores(const GemmOperands& g, const Tile& tile, int rank, int feature0,
+                                         uint32_t turn)
+        : rows(min(tile.rows - rank * tile.width, tile.width)),
+          step_(static_cast<int64_t>(kRows) * g.out_pitch) {
         const int lane = threadIdx.x % 32;
         const int chunk = lane % kLanes;
         row_ = lane / kLanes;
-        from_ = 16 * (kLanes * row_ + (chunk ^ (row_ / (8 / kLanes) % kLanes)));
-        const int64_t first = static_cast<int64_t>(g.offsets == nullptr ? 0 : g.offsets[tile.expert]) +
-                              tile.first_row + rank * tile.width;
-        out_ = g.out + (first + row_) * pitch_ + feature0 + 8 * chunk;
+        from_ = turn + 16 * (kLanes * row_ + (chunk ^ (row_ / (8 / kLanes) % kLanes)));
+        const int64_t first = tile.first_row + rank * tile.width + row_;
+        out_ = g.out + first * g.out_pitch + feature0 + 8 * chunk;
+        keep(from_);
     }
 
-    // Takes the batch in the buffer; the one before must have been put.
+    // Takes the batch that lies so many bytes on; the one before must have been put.
     __device__ __forceinline__ void take(uint32_t buffer) {
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < kTurned; i++) {
-            held_[i] = ptx::load_shared_16(buffer + from_ + 512 * i);
+            held_[i] = ptx::load_shared_16(from_ + buffer + 512 * i);
         }
     }
 
@@ -380,17 +388,17 @@ class RowStores {
 #pragma unroll
         for (int i = 0; i < kTurned; i++) {
             if (row_ < rows) {
-                *reinterpret_cast<uint4*>(out_) = held_[i];
+                ptx::store_global_16(out_, held_[i]);
             }
             row_ += kRows;
-            out_ += kRows * pitch_;
+            out_ += step_;
         }
     }
 
     const int rows;  // of this CTA
 
    private:
-    const int64_t pitch_;
+    const int64_t step_;
     int row_;
     uint32_t from_;
     __nv_bfloat16* out_;
@@ -406,7 +414,7 @@ __device__ __forceinline__ void store(const GateUpEpilogue& epilogue, const Gemm
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32 % 4;
     const int feature0 = row_tile * (kTileRows / 2) + 16 * warp;
-    bool real[2];
+    uint32_t real[2];  // all ones, or zero for a pad
     float gate_bias[2] = {0.0f, 0.0f};
     float up_bias[2] = {0.0f, 0.0f};
     const float* bias = g.bias == nullptr
@@ -415,16 +423,18 @@ __device__ __forceinline__ void store(const GateUpEpilogue& epilogue, const Gemm
                                   32 * warp + lane / 4;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        real[half] = feature0 + 8 * half + lane / 4 < g.features;
+        real[half] = feature0 + 8 * half + lane / 4 < g.features ? 0xffffffffu : 0;
+        keep(real[half]);
         if (bias != nullptr) {
             gate_bias[half] = bias[16 * half];
             up_bias[half] = bias[16 * half + 8];
         }
     }
-    RowStores<Shape::kTurned, 2> stores(g, tile, rank, feature0);
+    RowStores<Shape::kTurned, 2> stores(g, tile, rank, feature0, turn);
     // The lane's address among 16 rows of 32 bytes: matrices are (features, rows), features first
     const int row = lane / 16 * 8 + lane % 8;
-    const uint32_t place = turn + 32 * row + 16 * ((lane / 8 ^ row / 4) % 2);
+    uint32_t place = turn + 32 * row + 16 * ((lane / 8 ^ row / 4) % 2);
+    keep(place);
 #pragma unroll
     for (int j0 = 0; j0 < Shape::kBlocks; j0 += 2 * Shape::kTurned) {
         const uint32_t buffer = j0 / (2 * Shape::kTurned) % 2 * (Shape::kTurnBytes / 2);
@@ -443,7 +453,7 @@ __device__ __forceinline__ void store(const GateUpEpilogue& epilogue, const Gemm
                             v[e] = epilogue.value(acc[0][j][2 * half + e], acc[1][j][2 * half + e],
                                                   gate_bias[half], up_bias[half]);
                         }
-                        m[next][half] = real[half] ? pack_bf16(v[0], v[1]) : 0;
+                        m[next][half] = pack_bf16(v[0], v[1]) & real[half];
                     }
                 }
                 ptx::stmatrix_x4_transposed(place + buffer + 512 * i, m[0][0], m[0][1], m[1][0], m[1][1]);
@@ -451,7 +461,7 @@ __device__ __forceinline__ void store(const GateUpEpilogue& epilogue, const Gemm
             if (j0 > 0) {
                 stores.put();
             }
-            stores.take(turn + buffer);
+            stores.take(buffer);
         }
     }
     if (stores.rows > 0) {
@@ -474,16 +484,18 @@ __device__ __forceinline__ void store(const DownEpilogue& epilogue, const GemmOp
                             ? nullptr
                             : g.bias + static_cast<int64_t>(tile.expert) * g.row_tiles * kTileRows + feature0 +
                                   lane / 4;
-    bool real[4];
+    uint32_t real[4];  // all ones, or zero for a pad
     float add[4];
 #pragma unroll
     for (int eight = 0; eight < 4; eight++) {
-        real[eight] = feature0 + 8 * eight + lane / 4 < g.features;
+        real[eight] = feature0 + 8 * eight + lane / 4 < g.features ? 0xffffffffu : 0;
+        keep(real[eight]);
         add[eight] = bias == nullptr ? 0.0f : bias[8 * eight];
     }
-    RowStores<Shape::kTurned, 4> stores(g, tile, rank, feature0);
+    RowStores<Shape::kTurned, 4> stores(g, tile, rank, feature0, turn);
     // The lane's address among 8 rows of 64 bytes: matrices are features
-    const uint32_t place = turn + 64 * (lane % 8) + 16 * (lane / 8 ^ lane % 8 / 2);
+    uint32_t place = turn + 64 * (lane % 8) + 16 * (lane / 8 ^ lane % 8 / 2);
+    keep(place);
 #pragma unroll
     for (int j0 = 0; j0 < Shape::kBlocks; j0 += Shape::kTurned) {
         const uint32_t buffer = j0 / Shape::kTurned % 2 * (Shape::kTurnBytes / 2);
@@ -497,14 +509,14 @@ __device__ __forceinline__ void store(const DownEpilogue& epilogue, const GemmOp
                     const int half = eight / 2 * 2;
                     const uint32_t pair = pack_bf16(epilogue.value(acc[eight % 2][j][half], add[eight]),
                                                     epilogue.value(acc[eight % 2][j][half + 1], add[eight]));
-                    m[eight] = real[eight] ? pair : 0;
+                    m[eight] = pair & real[eight];
                 }
                 ptx::stmatrix_x4_transposed(place + buffer + 512 * i, m[0], m[1], m[2], m[3]);
             }
             if (j0 > 0) {
                 stores.put();
             }
-            stores.take(turn + buffer);
+            stores.take(buffer);
         }
     }
     if (stores.rows > 0) {

@@ -24,4 +24,10 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t shared_address) {
     return v;
 }
 
+__device__ __forceinline__ void store_global_16(void* address, uint4 v) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y), "r"(v.z),
+                 "r"(v.w)
+                 : "memory");
+}
+
 }  // namespace moe::ptx
