@@ -7,6 +7,8 @@
 #include "kernels/down_mma.cu"
 #include "kernels/gate_up_wgmma.cu"
 #include "kernels/down_wgmma.cu"
+#include "kernels/gate_up_prefill.cu"
+#include "kernels/down_prefill.cu"
 #include "kernels/combine_send.cu"
 #include "kernels/combine_recv.cu"
 #include "kernels/pack_weights.cu"

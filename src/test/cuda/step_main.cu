@@ -438,23 +438,24 @@ class Layer {
         p.locals = dl;
     }
 
-    // One of the three shapes, chosen by the layer's sizes, with programmatic dependence.
+    // One of the four shapes, chosen by the layer's sizes, with programmatic dependence.
     template <class Grid>
     void launch_wgmma(const Grid& grid) {
         struct Shape {
             void (*gate_up)(StepParams);
             void (*down)(StepParams);
-            int shared, ctas_per_sm;
+            int shared, ctas;
         };
         const Shape shapes[] = {
-            {moe_gate_up_wgmma, moe_down_wgmma, moe::kWgmmaSharedBytes<moe::ManyRows>, 1},
-            {moe_gate_up_wgmma_few, moe_down_wgmma_few, moe::kWgmmaSharedBytes<moe::FewRows>, 2},
-            {moe_gate_up_wgmma_some, moe_down_wgmma_some, moe::kWgmmaSharedBytes<moe::SomeRows>, 2}};
-        const Shape& shape = shapes[(c.H / 8 + c.E + c.M + c.R) % 3];
+            {moe_gate_up_wgmma, moe_down_wgmma, moe::kWgmmaSharedBytes<moe::ManyRows>, sms},
+            {moe_gate_up_wgmma_few, moe_down_wgmma_few, moe::kWgmmaSharedBytes<moe::FewRows>, 2 * sms},
+            {moe_gate_up_wgmma_some, moe_down_wgmma_some, moe::kWgmmaSharedBytes<moe::SomeRows>, 2 * sms},
+            {moe_gate_up_wgmma_prefill, moe_down_wgmma_prefill, moe::prefill::kSharedBytes, sms / 2 * 2}};
+        const Shape& shape = shapes[(c.H / 8 + c.E + c.M + c.R) % 4];
         for (auto* kernel : {shape.gate_up, shape.down}) {
             CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared));
             cudaLaunchConfig_t config{};
-            config.gridDim = grid(shape.ctas_per_sm * sms), config.blockDim = dim3(moe::kWgmmaThreads);
+            config.gridDim = grid(shape.ctas), config.blockDim = dim3(moe::kWgmmaThreads);
             config.dynamicSmemBytes = shape.shared, config.stream = stream;
             cudaLaunchAttribute attribute{};
             attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -1,11 +1,11 @@
 // The masked grouped GEMM with wgmma for prefill, where experts have hundreds of rows and more:
 // out[row] = epilogue(W[expert of row] . in[row]).
 //
-// Two CTAs form a cluster and share weights: a tile of theirs is 256 outputs x up to 2 x 176 tokens of an
+// Two CTAs form a cluster and share weights: a tile of theirs is 256 outputs x up to 2 x 152 tokens of an
 // expert, half the tokens each. Per k block of 64 a CTA fetches one of the two 16 KiB weight tiles for both
 // (bulk copies to the whole cluster) and gathers its own token rows with cp.async, so 32 KiB pass
 // through the L2 cache for 256 x 128 x 64 products.
-//   warpgroups 0, 1       128 outputs each: two wgmma m64 n8 .. n176, A = weights, B = tokens
+//   warpgroups 0, 1       128 outputs each: two wgmma m64 n8 .. n152, A = weights, B = tokens
 //   warpgroup 2, warp 0   weights
 //                warps 1, 2   tokens
 //                warp 3   deals: which tiles this cluster works on
@@ -42,20 +42,17 @@ constexpr int kProducerRegisters = 72;
 static_assert(2 * kMultiplierRegisters + kProducerRegisters <= 3 * 168,
               "a warpgroup waits forever for registers that the CTA does not have");
 
-template <int kMaxColumns_, int kStages_, int kTurned_, bool kFinishes_>
-struct Shape {
-    static constexpr int kMaxColumns = kMaxColumns_;  // of a CTA
-    static constexpr int kStages = kStages_;
-    static constexpr int kTurned = kTurned_;          // 512-byte pieces that a warp turns at a time
-    static constexpr bool kFinishes = kFinishes_;     // a k block before it starts the next
-    static constexpr int kBlocks = kMaxColumns / 8;
-    static constexpr int kWeightBytes = 2 * kTileBytes;
-    static constexpr int kTokenBytes = kMaxColumns * kRowBytes;
-    static constexpr int kTurnBytes = 2 * kTurned * 512;
-    static constexpr int kRingBytes = kStages * (kWeightBytes + kTokenBytes);
-    static constexpr int kSharedBytes = kRingBytes + kMultiplyThreads / 32 * kTurnBytes + 1024;
-    static_assert(kSharedBytes <= 227 * 1024, "one CTA fits an SM of sm_90");
-};
+constexpr int kMaxColumns = 152;  // of a CTA
+constexpr int kBlocks = kMaxColumns / 8;
+constexpr int kStages = 4;
+constexpr int kWeightBytes = 2 * kTileBytes;
+constexpr int kTokenBytes = kMaxColumns * kRowBytes;
+constexpr int kRingBytes = kStages * (kWeightBytes + kTokenBytes);
+constexpr int kTurned = 2;  // pieces of 512 bytes that a warp turns at a time
+constexpr int kTurnBytes = 2 * kTurned * 512;
+constexpr int kExtraBytes = 1024;
+constexpr int kSharedBytes = kRingBytes + kMultiplyThreads / 32 * kTurnBytes + kExtraBytes;
+static_assert(kSharedBytes <= 227 * 1024, "one CTA fits an SM of sm_90");
 
 // The wgmma width for so many token columns, a multiple of 8.
 __device__ __forceinline__ constexpr int columns_for(int width) {
@@ -72,15 +69,15 @@ struct Tile {
     int width;      // 0: there are no more tiles
 };
 
-template <class Shape>
 struct Shared {
-    uint64_t stage_ready[Shape::kStages];
-    uint64_t stage_free[Shape::kStages];
+    uint64_t stage_ready[kStages];
+    uint64_t stage_free[kStages];
     uint64_t tile_ready[kListedTiles];
     uint64_t tile_free[kListedTiles];
     Tile tiles[kListedTiles];
     GemmOperands operands;
 };
+static_assert(sizeof(Shared) <= kExtraBytes, "barriers lie behind the rings");
 
 // A position in a ring and the parity of its barriers' phase.
 template <int kSize>
@@ -97,7 +94,6 @@ struct Position {
 };
 
 // Shared addresses.
-template <class Shape>
 struct Addresses {
     uint32_t ring;
     uint32_t turn;
@@ -107,10 +103,10 @@ struct Addresses {
     uint32_t tile_free;
 
     __device__ __forceinline__ uint32_t weights(int stage) const {
-        return ring + stage * Shape::kWeightBytes;
+        return ring + stage * kWeightBytes;
     }
     __device__ __forceinline__ uint32_t tokens(int stage) const {
-        return ring + Shape::kStages * Shape::kWeightBytes + stage * Shape::kTokenBytes;
+        return ring + kStages * kWeightBytes + stage * kTokenBytes;
     }
 };
 
@@ -121,9 +117,7 @@ __device__ __forceinline__ uint32_t barrier_at(uint32_t barriers, int index) {
 // Warp 3 of warpgroup 2. Tiles are numbered expert by expert, within an expert by pairs of row tiles, within
 // a pair by blocks of tokens, and dealt to the clusters in turn. The tokens of an expert fall into blocks of
 // 16 a unit, as equal as can be.
-template <class Shape>
-__device__ __forceinline__ void deal_tiles(Shared<Shape>& shared, const Addresses<Shape>& at) {
-    constexpr int kMaxUnits = Shape::kMaxColumns / 8;
+__device__ __forceinline__ void deal_tiles(Shared& shared, const Addresses& at) {
     const int lane = threadIdx.x % 32;
     const int* counts = shared.operands.counts;
     const int* offsets = shared.operands.offsets;
@@ -144,7 +138,7 @@ __device__ __forceinline__ void deal_tiles(Shared<Shape>& shared, const Addresse
             rows = expert < experts ? max(counts[expert], 0) : 0;
             first_row = rows > 0 && offsets != nullptr ? offsets[expert] : 0;
             units = (rows + 15) / 16;
-            blocks = (units + kMaxUnits - 1) / kMaxUnits;
+            blocks = (units + kBlocks - 1) / kBlocks;
             tiles = blocks * pairs;
             end = tiles;
 #pragma unroll
@@ -173,11 +167,13 @@ __device__ __forceinline__ void deal_tiles(Shared<Shape>& shared, const Addresse
                     const int within = number - (end - tiles);
                     const int pair = within / blocks;
                     const int block = within - pair * blocks;
-                    const int unit = block * units / blocks;
+                    // why: 64-bit, blocks times units
+                    const int unit = static_cast<int>(static_cast<int64_t>(block) * units / blocks);
+                    const int next = static_cast<int>((block + 1ll) * units / blocks);
                     tile.expert = group + lane;
                     tile.row_tile = 2 * pair;
                     tile.first_row = first_row + 16 * unit;
-                    tile.width = 8 * ((block + 1) * units / blocks - unit);
+                    tile.width = 8 * (next - unit);
                     tile.rows = min(2 * tile.width, rows - 16 * unit);
                 }
                 shared.tiles[slot.index] = tile;
@@ -194,13 +190,12 @@ __device__ __forceinline__ void deal_tiles(Shared<Shape>& shared, const Addresse
 }
 
 // The roles step over the same list. tile_free counts the warps that do.
-template <class Shape>
 struct TileList {
-    Shared<Shape>& shared;
+    Shared& shared;
     uint32_t ready, free;
     Position<kListedTiles> slot;
 
-    __device__ __forceinline__ TileList(Shared<Shape>& shared, const Addresses<Shape>& at)
+    __device__ __forceinline__ TileList(Shared& shared, const Addresses& at)
         : shared(shared), ready(at.tile_ready), free(at.tile_free) {}
 
     __device__ __forceinline__ const Tile& wait() const {
@@ -215,13 +210,12 @@ struct TileList {
 constexpr int kTileReaders = kMultiplyThreads / 32 + 1 + kGatherThreads / 32;
 
 // Warpgroup 2, one thread: this CTA's half of the weights, for the cluster.
-template <class Shape>
-__device__ __forceinline__ void stream_weights(Shared<Shape>& shared, const Addresses<Shape>& at) {
+__device__ __forceinline__ void stream_weights(Shared& shared, const Addresses& at) {
     const GemmOperands& g = shared.operands;
     const int rank = ptx::cluster_rank();
     const int k_blocks = g.k_blocks;
-    TileList<Shape> list(shared, at);
-    Position<Shape::kStages> stage;
+    TileList list(shared, at);
+    Position<kStages> stage;
     for (;;) {
         const Tile& tile = list.wait();
         if (tile.width == 0) {
@@ -236,7 +230,7 @@ __device__ __forceinline__ void stream_weights(Shared<Shape>& shared, const Addr
         for (int k = 0; k < k_blocks; k++) {
             ptx::mbarrier_wait(barrier_at(at.stage_free, stage.index), stage.parity ^ 1);
             const uint32_t ready = barrier_at(at.stage_ready, stage.index);
-            ptx::mbarrier_arrive_expect(ready, Shape::kWeightBytes);
+            ptx::mbarrier_arrive_expect(ready, kWeightBytes);
             ptx::bulk_copy_to_all(at.weights(stage.index) + rank * kTileBytes, from, kTileBytes, ready,
                                   (1 << kClusterCtas) - 1);
             from += kTileBytes;
@@ -246,8 +240,8 @@ __device__ __forceinline__ void stream_weights(Shared<Shape>& shared, const Addr
 }
 
 // Warpgroup 2, warps 1 and 2. A thread copies 16-byte chunk c of rows r, r + 8, .. of each k block.
-template <bool kListed, class Shape>
-__device__ __forceinline__ void gather_tokens(Shared<Shape>& shared, const Addresses<Shape>& at) {
+template <bool kListed>
+__device__ __forceinline__ void gather_tokens(Shared& shared, const Addresses& at) {
     const GemmOperands& g = shared.operands;
     const int thread = threadIdx.x % 128 - 32;
     const int row0 = thread / 8;
@@ -255,8 +249,8 @@ __device__ __forceinline__ void gather_tokens(Shared<Shape>& shared, const Addre
     const uint32_t place = swizzled(row0, chunk);
     const int rank = ptx::cluster_rank();
     const int k_blocks = g.k_blocks;
-    TileList<Shape> list(shared, at);
-    Position<Shape::kStages> stage;
+    TileList list(shared, at);
+    Position<kStages> stage;
     for (;;) {
         const Tile& tile = list.wait();
         const int width = tile.width;
@@ -267,10 +261,10 @@ __device__ __forceinline__ void gather_tokens(Shared<Shape>& shared, const Addre
         const int row = tile.first_row + rank * width + row0;
         const uint32_t pitch = k_blocks * 8;
         // why: 32 bits of 16-byte chunks reach 64 GiB, and there are many of them
-        uint32_t source[Shape::kBlocks];
+        uint32_t source[kBlocks];
         const int32_t* gather = g.gather;
 #pragma unroll
-        for (int i = 0; i < Shape::kBlocks; i++) {
+        for (int i = 0; i < kBlocks; i++) {
             // why: a copy of the last row is cheaper than a branch; its products are not stored
             const int packed = min(row + 8 * i, last);
             source[i] = (kListed ? gather[packed] : packed) * pitch + chunk;
@@ -286,7 +280,7 @@ __device__ __forceinline__ void gather_tokens(Shared<Shape>& shared, const Addre
             ptx::mbarrier_wait(barrier_at(at.stage_free, stage.index), stage.parity ^ 1);
             const uint32_t to = at.tokens(stage.index) + place;
 #pragma unroll
-            for (int i = 0; i < Shape::kBlocks; i++) {
+            for (int i = 0; i < kBlocks; i++) {
                 if (8 * i >= width) {
                     break;
                 }
@@ -308,45 +302,31 @@ __device__ __forceinline__ void leave_stage(uint32_t barriers, int index) {
 }
 
 // Warpgroups 0 and 1: all k blocks of a tile.
-template <int kColumns, class Shape>
-__device__ __forceinline__ void multiply_tile(float (&acc)[2][Shape::kBlocks][4],
-                                              const Addresses<Shape>& at,
-                                              Position<Shape::kStages>& stage, int k_blocks) {
-    if constexpr (kColumns <= Shape::kMaxColumns) {
-        constexpr ptx::Columns<kColumns> columns;
-        int left = -1;
+template <int kColumns>
+__device__ __forceinline__ void multiply_tile(float (&acc)[2][kBlocks][4], const Addresses& at,
+                                              Position<kStages>& stage, int k_blocks) {
+    static_assert(kColumns <= kMaxColumns, "the accumulators are for so many");
+    constexpr ptx::Columns<kColumns> columns;
 #pragma unroll 1
-        for (int k = 0; k < k_blocks; k++) {
-            ptx::mbarrier_wait(barrier_at(at.stage_ready, stage.index), stage.parity);
-            // why: cp.async wrote through the generic proxy
-            ptx::fence_proxy_async();
-            const uint64_t a = ptx::wgmma_descriptor_of_alternate_rows(
-                at.weights(stage.index) + threadIdx.x / 128 * kTileBytes);
-            const uint64_t b = ptx::wgmma_descriptor(at.tokens(stage.index));
-            ptx::wgmma_fence();
+    for (int k = 0; k < k_blocks; k++) {
+        ptx::mbarrier_wait(barrier_at(at.stage_ready, stage.index), stage.parity);
+        // why: cp.async wrote through the generic proxy
+        ptx::fence_proxy_async();
+        const uint64_t a = ptx::wgmma_descriptor_of_alternate_rows(at.weights(stage.index) +
+                                                                   threadIdx.x / 128 * kTileBytes);
+        const uint64_t b = ptx::wgmma_descriptor(at.tokens(stage.index));
+        ptx::wgmma_fence();
 #pragma unroll
-            for (int i = 0; i < kTileCols / 16; i++) {
-                const int add = i > 0 ? 1 : k;
-                ptx::wgmma_k16(columns, acc[0], a + 2 * i, b + 2 * i, add);
-                ptx::wgmma_k16(columns, acc[1], a + 2 * i + 8 * kRowBytes / 16, b + 2 * i, add);
-            }
-            ptx::wgmma_commit();
-            if constexpr (Shape::kFinishes) {
-                ptx::wgmma_wait<0>();
-                leave_stage(at.stage_free, stage.index);
-            } else {
-                ptx::wgmma_wait<1>();
-                if (left >= 0) {
-                    leave_stage(at.stage_free, left);
-                }
-                left = stage.index;
-            }
-            stage.step();
+        for (int i = 0; i < kTileCols / 16; i++) {
+            const int add = i > 0 ? 1 : k;
+            ptx::wgmma_k16(columns, acc[0], a + 2 * i, b + 2 * i, add);
+            ptx::wgmma_k16(columns, acc[1], a + 2 * i + 8 * kRowBytes / 16, b + 2 * i, add);
         }
-        if constexpr (!Shape::kFinishes) {
-            ptx::wgmma_wait<0>();
-            leave_stage(at.stage_free, left);
-        }
+        ptx::wgmma_commit();
+        // why not a block later: the other warpgroup's products fill the gap, and the stage is free sooner
+        ptx::wgmma_wait<0>();
+        leave_stage(at.stage_free, stage.index);
+        stage.step();
     }
 }
 
@@ -357,7 +337,7 @@ __device__ __forceinline__ void keep(uint32_t& value) {
 
 // Stores what a warp has turned: pieces of 512 bytes, kLanes lanes for a row's 16 * kLanes bytes. Two
 // buffers: a batch of pieces is read back while the next is made.
-template <int kTurned, int kLanes>
+template <int kLanes>
 class RowStores {
    public:
     static constexpr int kRows = 32 / kLanes;  // of a piece
@@ -407,10 +387,9 @@ class RowStores {
 
 // The epilogue of a warp: of the row tile, packed rows 32 warp + lane / 4 in acc[0][.][0..1], 8 rows on in
 // acc[1][.][0..1], 16 in acc[0][.][2..3], 24 in acc[1][.][2..3]. Gate and up alternate: 16 features.
-template <class Shape>
 __device__ __forceinline__ void store(const GateUpEpilogue& epilogue, const GemmOperands& g,
                                       const Tile& tile, int row_tile, int rank, uint32_t turn,
-                                      const float (&acc)[2][Shape::kBlocks][4]) {
+                                      const float (&acc)[2][kBlocks][4]) {
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32 % 4;
     const int feature0 = row_tile * (kTileRows / 2) + 16 * warp;
@@ -430,21 +409,21 @@ __device__ __forceinline__ void store(const GateUpEpilogue& epilogue, const Gemm
             up_bias[half] = bias[16 * half + 8];
         }
     }
-    RowStores<Shape::kTurned, 2> stores(g, tile, rank, feature0, turn);
+    RowStores<2> stores(g, tile, rank, feature0, turn);
     // The lane's address among 16 rows of 32 bytes: matrices are (features, rows), features first
     const int row = lane / 16 * 8 + lane % 8;
     uint32_t place = turn + 32 * row + 16 * ((lane / 8 ^ row / 4) % 2);
     keep(place);
 #pragma unroll
-    for (int j0 = 0; j0 < Shape::kBlocks; j0 += 2 * Shape::kTurned) {
-        const uint32_t buffer = j0 / (2 * Shape::kTurned) % 2 * (Shape::kTurnBytes / 2);
+    for (int j0 = 0; j0 < kBlocks; j0 += 2 * kTurned) {
+        const uint32_t buffer = j0 / (2 * kTurned) % 2 * (kTurnBytes / 2);
         if (8 * j0 < stores.rows) {
 #pragma unroll
-            for (int i = 0; i < Shape::kTurned; i++) {
+            for (int i = 0; i < kTurned; i++) {
                 uint32_t m[2][2];
 #pragma unroll
                 for (int next = 0; next < 2; next++) {
-                    const int j = min(j0 + 2 * i + next, Shape::kBlocks - 1);
+                    const int j = min(j0 + 2 * i + next, kBlocks - 1);
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
                         float v[2];
@@ -470,10 +449,9 @@ __device__ __forceinline__ void store(const GateUpEpilogue& epilogue, const Gemm
 }
 
 // As above: 32 features.
-template <class Shape>
 __device__ __forceinline__ void store(const DownEpilogue& epilogue, const GemmOperands& g,
                                       const Tile& tile, int row_tile, int rank, uint32_t turn,
-                                      const float (&acc)[2][Shape::kBlocks][4]) {
+                                      const float (&acc)[2][kBlocks][4]) {
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32 % 4;
     const int feature0 = row_tile * kTileRows + 32 * warp;
@@ -492,17 +470,17 @@ __device__ __forceinline__ void store(const DownEpilogue& epilogue, const GemmOp
         keep(real[eight]);
         add[eight] = bias == nullptr ? 0.0f : bias[8 * eight];
     }
-    RowStores<Shape::kTurned, 4> stores(g, tile, rank, feature0, turn);
+    RowStores<4> stores(g, tile, rank, feature0, turn);
     // The lane's address among 8 rows of 64 bytes: matrices are features
     uint32_t place = turn + 64 * (lane % 8) + 16 * (lane / 8 ^ lane % 8 / 2);
     keep(place);
 #pragma unroll
-    for (int j0 = 0; j0 < Shape::kBlocks; j0 += Shape::kTurned) {
-        const uint32_t buffer = j0 / Shape::kTurned % 2 * (Shape::kTurnBytes / 2);
+    for (int j0 = 0; j0 < kBlocks; j0 += kTurned) {
+        const uint32_t buffer = j0 / kTurned % 2 * (kTurnBytes / 2);
         if (8 * j0 < stores.rows) {
 #pragma unroll
-            for (int i = 0; i < Shape::kTurned; i++) {
-                const int j = min(j0 + i, Shape::kBlocks - 1);
+            for (int i = 0; i < kTurned; i++) {
+                const int j = min(j0 + i, kBlocks - 1);
                 uint32_t m[4];
 #pragma unroll
                 for (int eight = 0; eight < 4; eight++) {
@@ -525,7 +503,6 @@ __device__ __forceinline__ void store(const DownEpilogue& epilogue, const GemmOp
 }
 
 // Keeps the compiler from moving accumulators across the wgmmas in flight.
-template <int kBlocks>
 __device__ __forceinline__ void pin(float (&acc)[2][kBlocks][4]) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -541,20 +518,20 @@ __device__ __forceinline__ void pin(float (&acc)[2][kBlocks][4]) {
 
 // Warpgroups 0 and 1. The accumulators are one array for all widths, so that there is one epilogue: the code
 // of one for each would not stay in the instruction cache.
-template <class Shape, class Epilogue>
-__device__ __forceinline__ void multiply(Shared<Shape>& shared, const Addresses<Shape>& at,
+template <class Epilogue>
+__device__ __forceinline__ void multiply(Shared& shared, const Addresses& at,
                                          const Epilogue& epilogue) {
     const GemmOperands& g = shared.operands;
     const int rank = ptx::cluster_rank();
     const int k_blocks = g.k_blocks;
-    const uint32_t turn = at.turn + threadIdx.x / 32 * Shape::kTurnBytes;
-    TileList<Shape> list(shared, at);
-    Position<Shape::kStages> stage;
-    float acc[2][Shape::kBlocks][4];
+    const uint32_t turn = at.turn + threadIdx.x / 32 * kTurnBytes;
+    TileList list(shared, at);
+    Position<kStages> stage;
+    float acc[2][kBlocks][4];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
 #pragma unroll
-        for (int j = 0; j < Shape::kBlocks; j++) {
+        for (int j = 0; j < kBlocks; j++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 acc[half][j][i] = 0.0f;
@@ -582,15 +559,12 @@ __device__ __forceinline__ void multiply(Shared<Shape>& shared, const Addresses<
             case 128: multiply_tile<128>(acc, at, stage, k_blocks); break;
             case 136: multiply_tile<136>(acc, at, stage, k_blocks); break;
             case 144: multiply_tile<144>(acc, at, stage, k_blocks); break;
-            case 152: multiply_tile<152>(acc, at, stage, k_blocks); break;
-            case 160: multiply_tile<160>(acc, at, stage, k_blocks); break;
-            case 168: multiply_tile<168>(acc, at, stage, k_blocks); break;
-            default: multiply_tile<176>(acc, at, stage, k_blocks); break;
+            default: multiply_tile<kMaxColumns>(acc, at, stage, k_blocks);
         }
         pin(acc);
         const int row_tile = tile.row_tile + threadIdx.x / 128;
         if (row_tile < g.row_tiles) {
-            store<Shape>(epilogue, g, tile, row_tile, rank, turn, acc);
+            store(epilogue, g, tile, row_tile, rank, turn, acc);
         }
         __syncwarp();
         if (threadIdx.x % 32 == 0) {
@@ -600,22 +574,20 @@ __device__ __forceinline__ void multiply(Shared<Shape>& shared, const Addresses<
     }
 }
 
-template <class Shape, bool kCountsAreFinal, class Epilogue>
+template <bool kCountsAreFinal, class Epilogue>
 __device__ __forceinline__ void masked_gemm(const GemmOperands& operands, const Epilogue& epilogue) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(1024) uint8_t prefill_ring[];
-    constexpr int kBefore = Shape::kSharedBytes - 1024;
-    static_assert(sizeof(Shared<Shape>) <= 1024, "barriers lie behind the rings");
-    Shared<Shape>& shared = *reinterpret_cast<Shared<Shape>*>(prefill_ring + kBefore);
-    Addresses<Shape> at;
+    Shared& shared = *reinterpret_cast<Shared*>(prefill_ring + kSharedBytes - kExtraBytes);
+    Addresses at;
     at.ring = ptx::shared_address(prefill_ring);
-    at.turn = at.ring + Shape::kRingBytes;
+    at.turn = at.ring + kRingBytes;
     at.stage_ready = ptx::shared_address(shared.stage_ready);
     at.stage_free = ptx::shared_address(shared.stage_free);
     at.tile_ready = ptx::shared_address(shared.tile_ready);
     at.tile_free = ptx::shared_address(shared.tile_free);
     if (threadIdx.x == kThreads - 1) {
-        for (int i = 0; i < Shape::kStages; i++) {
+        for (int i = 0; i < kStages; i++) {
             ptx::mbarrier_init(barrier_at(at.stage_ready, i), 1 + kGatherThreads);
             ptx::mbarrier_init(barrier_at(at.stage_free, i), kClusterCtas * kMultiplyThreads / 32);
         }

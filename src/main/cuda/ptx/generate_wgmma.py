@@ -3,7 +3,7 @@
 changing a list."""
 
 COLUMNS = [8, 16, 32, 48, 64, 96, 128, 144, 192, 224, 256]
-PREFIX_COLUMNS = [8, 16, 32, 48, 64, 80] + list(range(96, 177, 8))
+PREFIX_COLUMNS = [8, 16, 32, 48, 64, 80] + list(range(96, 153, 8))
 
 PREFIX_HEAD = """// Warpgroup matrix products into the first columns of wider accumulators. Written by generate_wgmma.py.
 #pragma once

@@ -20,6 +20,7 @@ import java.util.Map;
  */
 public final class LoadedKernels implements AutoCloseable {
     private static final int SOME_ROWS = 64;
+    private static final int PREFILL_ROWS = 192;
 
     private final KernelModule module;
     private final Map<String, Kernel> bySymbol = new LinkedHashMap<>();
@@ -89,7 +90,8 @@ public final class LoadedKernels implements AutoCloseable {
     /**
      * Which matrix kernels run, all of which give the same bits: those of wgmma where the image has
      * them, unless the system property {@code moe4j.cuda.gemm} asks for {@code mma}. They come for
-     * few, some and many rows of an expert; the choice is by the layer's sizes, never by counts.
+     * few, some and many rows of an expert and for prefill; the choice is by the layer's sizes,
+     * never by counts.
      */
     private String gemm(MoeConfig config, int sms) {
         String wanted = System.getProperty("moe4j.cuda.gemm", "");
@@ -108,6 +110,9 @@ public final class LoadedKernels implements AutoCloseable {
         long rows = DeviceLayout.averageRows(config);
         if (rows <= DeviceLayout.FEW_ROWS) {
             return "wgmma_few";
+        }
+        if (rows >= PREFILL_ROWS) {
+            return "wgmma_prefill";
         }
         // Tiles for fewer than two rounds fill the SMs better by two small CTAs each
         long tiles =
@@ -129,6 +134,7 @@ public final class LoadedKernels implements AutoCloseable {
                     case "experts" -> clamp(config.expertsPerRank(), 4L * sms);
                     case "gemm" -> 2L * sms;
                     case "sm" -> sms;
+                    case "pairs" -> Math.max(2, sms / 2 * 2);
                     case "pack" -> 8L * sms;
                     case "one" -> 1;
                     default ->
