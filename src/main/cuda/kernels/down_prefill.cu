@@ -5,8 +5,7 @@
 // why: other targets have no wgmma; a test's other targets have these kernels without a body
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(MOE_TEST_STUBS)
 
-extern "C" __global__ __cluster_dims__(moe::prefill::kClusterCtas, 1, 1)
-__launch_bounds__(moe::prefill::kThreads, 1)
+extern "C" __global__ MOE_IN_PAIRS __launch_bounds__(moe::prefill::kThreads, 1)
 void moe_down_wgmma_prefill(const __grid_constant__ moe::StepParams p) {
     const moe::LocalRank& me = p.locals[blockIdx.y];
     moe::prefill::masked_gemm<true>(

@@ -1,22 +1,22 @@
 // The masked grouped GEMM with wgmma for prefill, where experts have hundreds of rows and more:
 // out[row] = epilogue(W[expert of row] . in[row]).
 //
-// Two CTAs form a cluster and share weights: a tile of theirs is 256 outputs x up to 2 x 152 tokens of an
-// expert, half the tokens each. Per k block of 64 a CTA fetches one of the two 16 KiB weight tiles for both
-// (bulk copies to the whole cluster) and gathers its own token rows with cp.async, so 32 KiB pass
-// through the L2 cache for 256 x 128 x 64 products.
+// Two CTAs form a cluster and share weights: a tile of theirs is 256 outputs x up to 2 x 152 tokens
+// of an expert, half the tokens each. Per k block of 64 a CTA fetches one of the two 16 KiB weight
+// tiles for both (bulk copies to the whole cluster) and gathers its own token rows with cp.async,
+// so 32 KiB pass through the L2 cache for 256 x 128 x 64 products.
 //   warpgroups 0, 1       128 outputs each: two wgmma m64 n8 .. n152, A = weights, B = tokens
 //   warpgroup 2, warp 0   weights
 //                warps 1, 2   tokens
 //                warp 3   deals: which tiles this cluster works on
 //   stage_ready, stage_free   barriers of a stage: all bytes landed; both CTAs' multipliers have left
 //   tile_ready, tile_free     the same of a listed tile
-// Each warpgroup ends a tile on its own, while the other multiplies. Of its 128 rows of weights a warp
-// takes 32 neighbouring ones (a wgmma takes every second group of 8), which are turned in shared memory
-// and stored as 32 or 64 bytes of a row.
+// Of a warpgroup's 128 rows of weights a warp takes 32 neighbouring ones (a wgmma takes every second
+// group of 8), which are turned in shared memory and stored as 32 or 64 bytes of a row.
 //
-// Each output is one accumulator over ascending k, 16 at a time, so the bits are those of masked_gemm.cuh.
-// Launched with programmatic dependence or without, as masked_gemm_wgmma.cuh. gridDim.x is even.
+// Each output is one accumulator over ascending k, 16 at a time, so the bits are those of
+// masked_gemm.cuh. Launched with programmatic dependence or without, as masked_gemm_wgmma.cuh.
+// gridDim.x is even.
 #pragma once
 #include "../ptx/bulk_copy.cuh"
 #include "../ptx/cluster.cuh"
@@ -34,6 +34,12 @@ constexpr int kThreads = 384;
 constexpr int kMultiplyThreads = 256;
 constexpr int kGatherThreads = 64;
 constexpr int kClusterCtas = 2;
+// why: a test builds the kernels without a body for targets that have no clusters
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define MOE_IN_PAIRS
+#else
+#define MOE_IN_PAIRS __cluster_dims__(moe::prefill::kClusterCtas, 1, 1)
+#endif
 constexpr int kListedTiles = 4;
 
 // Of the 168 that 384 threads may have each at launch.
@@ -59,8 +65,8 @@ __device__ __forceinline__ constexpr int columns_for(int width) {
     return width <= 16 || width >= 96 ? width : (width + 15) / 16 * 16;
 }
 
-// What a cluster works on: packed token rows first_row .. first_row + rows - 1 of an expert, of which CTA 0
-// takes the first `width` and CTA 1 the rest, and two row tiles.
+// What a cluster works on: packed token rows first_row .. first_row + rows - 1 of an expert, of
+// which CTA 0 takes the first `width` and CTA 1 the rest, and two row tiles.
 struct Tile {
     int expert;
     int row_tile;   // the first, even
@@ -114,9 +120,9 @@ __device__ __forceinline__ uint32_t barrier_at(uint32_t barriers, int index) {
     return barriers + 8 * index;
 }
 
-// Warp 3 of warpgroup 2. Tiles are numbered expert by expert, within an expert by pairs of row tiles, within
-// a pair by blocks of tokens, and dealt to the clusters in turn. The tokens of an expert fall into blocks of
-// 16 a unit, as equal as can be.
+// Warp 3 of warpgroup 2. Tiles are numbered expert by expert, within an expert by pairs of row
+// tiles, within a pair by blocks of tokens, and dealt to the clusters in turn. The tokens of an
+// expert fall into blocks of 16 a unit, as equal as can be.
 __device__ __forceinline__ void deal_tiles(Shared& shared, const Addresses& at) {
     const int lane = threadIdx.x % 32;
     const int* counts = shared.operands.counts;
@@ -323,7 +329,8 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[2][kBlocks][4], const
             ptx::wgmma_k16(columns, acc[1], a + 2 * i + 8 * kRowBytes / 16, b + 2 * i, add);
         }
         ptx::wgmma_commit();
-        // why not a block later: the other warpgroup's products fill the gap, and the stage is free sooner
+        // why not a block later: the other warpgroup's products fill the gap, and the stage is free
+        // sooner
         ptx::wgmma_wait<0>();
         leave_stage(at.stage_free, stage.index);
         stage.step();
@@ -335,8 +342,8 @@ __device__ __forceinline__ void keep(uint32_t& value) {
     asm volatile("" : "+r"(value));
 }
 
-// Stores what a warp has turned: pieces of 512 bytes, kLanes lanes for a row's 16 * kLanes bytes. Two
-// buffers: a batch of pieces is read back while the next is made.
+// Stores what a warp has turned: pieces of 512 bytes, kLanes lanes for a row's 16 * kLanes bytes.
+// Two buffers: a batch of pieces is read back while the next is made.
 template <int kLanes>
 class RowStores {
    public:
@@ -385,8 +392,9 @@ class RowStores {
     uint4 held_[kTurned];
 };
 
-// The epilogue of a warp: of the row tile, packed rows 32 warp + lane / 4 in acc[0][.][0..1], 8 rows on in
-// acc[1][.][0..1], 16 in acc[0][.][2..3], 24 in acc[1][.][2..3]. Gate and up alternate: 16 features.
+// The epilogue of a warp: of the row tile, packed rows 32 warp + lane / 4 in acc[0][.][0..1], 8
+// rows on in acc[1][.][0..1], 16 in acc[0][.][2..3], 24 in acc[1][.][2..3]. Gate and up alternate:
+// 16 features.
 __device__ __forceinline__ void store(const GateUpEpilogue& epilogue, const GemmOperands& g,
                                       const Tile& tile, int row_tile, int rank, uint32_t turn,
                                       const float (&acc)[2][kBlocks][4]) {
@@ -516,8 +524,8 @@ __device__ __forceinline__ void pin(float (&acc)[2][kBlocks][4]) {
     }
 }
 
-// Warpgroups 0 and 1. The accumulators are one array for all widths, so that there is one epilogue: the code
-// of one for each would not stay in the instruction cache.
+// Warpgroups 0 and 1. The accumulators are one array for all widths, so that there is one epilogue:
+// the code of one for each would not stay in the instruction cache.
 template <class Epilogue>
 __device__ __forceinline__ void multiply(Shared& shared, const Addresses& at,
                                          const Epilogue& epilogue) {

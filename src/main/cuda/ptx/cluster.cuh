@@ -18,8 +18,8 @@ __device__ __forceinline__ void cluster_sync() {
 }
 
 // Arrives at the barrier that lies at this address in another CTA of the cluster, or in this one.
-// why no scope of the cluster: a release to it waits for all of the thread's stores, which cost the matrix
-// kernels a quarter of their time; what they release are reads that wgmma has ended
+// why no scope of the cluster: a release to it waits for all of the thread's stores, which cost the
+// matrix kernels a quarter of their time; what they release are reads that wgmma has ended
 __device__ __forceinline__ void mbarrier_arrive_at(uint32_t barrier, uint32_t rank) {
     asm volatile(
         "{\n"
