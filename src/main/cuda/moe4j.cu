@@ -6,6 +6,8 @@
 #include "kernels/gate_up_mma.cu"
 #include "kernels/down_mma.cu"
 #include "kernels/experts_wgmma.cu"
+#include "kernels/gate_up_prefill.cu"
+#include "kernels/down_prefill.cu"
 #include "kernels/combine_send.cu"
 #include "kernels/combine_recv.cu"
 #include "kernels/pack_weights.cu"

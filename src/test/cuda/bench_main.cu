@@ -3,6 +3,11 @@
 // wgmma kernels and those with mma.sync, over poisoned outputs.
 //
 //   bench_main [cases] [prefill] [verify] [only=N]
+//
+// Prefill prints the rate of cuBLAS beside, measured before each time of a chain, where the variable CUBLAS
+// names libcublas.so.13.
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -47,6 +52,10 @@ const Variant kVariants[] = {
     {"fused", moe_gate_up_wgmma, moe_down_wgmma, moe_experts_wgmma, moe::kWgmmaThreads, kNarrowShared, 1, false},
     {"fused+pdl", moe_gate_up_wgmma, moe_down_wgmma, moe_experts_wgmma, moe::kWgmmaThreads, kNarrowShared, 1, true},
     {"wide+pdl", moe_gate_up_wgmma, moe_down_wgmma, moe_experts_wgmma_wide, moe::kWgmmaThreads, kWideShared, 1, true},
+    {"prefill", moe_gate_up_wgmma_prefill, moe_down_wgmma_prefill, nullptr, moe::prefill::kThreads,
+     moe::prefill::kSharedBytes, 1, false},
+    {"prefill+pdl", moe_gate_up_wgmma_prefill, moe_down_wgmma_prefill, nullptr, moe::prefill::kThreads,
+     moe::prefill::kSharedBytes, 1, true},
 };
 
 struct Random {
@@ -241,9 +250,65 @@ struct Bench {
     }
 };
 
+// Awkward sizes: odd numbers of row tiles, an overhanging last one, one k block, counts around each bound.
+int verify_odd() {
+    struct Odd {
+        const char* name;
+        std::vector<int> counts;
+        int hidden, intermediate;
+    };
+    std::vector<int> many;
+    Random random{9};
+    for (int i = 0; i < 75; i++) many.push_back(random.below(3) ? random.below(400) : random.below(3));
+    int wrong = 0;
+    for (const Odd& odd : {Odd{"one k block", {1, 0, 3, 40}, 64, 64},
+                           Odd{"bounds", {0, 1, 7, 8, 9, 255, 256, 257, 1000, 16, 17, 353}, 320, 192},
+                           Odd{"75 experts", many, 448, 704}, Odd{"thousands", {5000, 1, 0, 2049}, 1024, 512}}) {
+        Bench bench(odd.counts, odd.hidden, odd.intermediate, 999);
+        wrong += bench.verify(odd.name);
+    }
+    return wrong;
+}
+
+// TFLOP/s of cuBLAS in dense 8192^3 products of random data, one after the other; 0 without cuBLAS.
+double dense_tflops() {
+    constexpr int kSize = 8192, kProducts = 25, kOpN = 0, kOpT = 1, kBf16 = 14, kCompute32F = 68, kDefault = -1;
+    using Create = int (*)(void**);
+    using SetStream = int (*)(void*, cudaStream_t);
+    using Gemm = int (*)(void*, int, int, int, int, int, const void*, const void*, int, int, const void*, int, int,
+                         const void*, void*, int, int, int, int);
+    static void* const library = std::getenv("CUBLAS") ? dlopen(std::getenv("CUBLAS"), RTLD_NOW) : nullptr;
+    if (library == nullptr) return 0;
+    static void *handle = nullptr, *out = nullptr;
+    if (handle == nullptr) {
+        reinterpret_cast<Create>(dlsym(library, "cublasCreate_v2"))(&handle);
+        reinterpret_cast<SetStream>(dlsym(library, "cublasSetStream_v2"))(handle, g_stream);
+        CHECK_CUDA(cudaMalloc(&out, 2ull * kSize * kSize));
+    }
+    const auto gemm = reinterpret_cast<Gemm>(dlsym(library, "cublasGemmEx"));
+    const float one = 1, zero = 0;
+    cudaEvent_t a, b;
+    CHECK_CUDA(cudaEventCreate(&a));
+    CHECK_CUDA(cudaEventCreate(&b));
+    for (int i = -2; i < kProducts; i++) {
+        if (i == 0) CHECK_CUDA(cudaEventRecord(a, g_stream));
+        if (gemm(handle, kOpT, kOpN, kSize, kSize, kSize, &one, g_pool, kBf16, kSize, g_pool + 2ull * kSize * kSize,
+                 kBf16, kSize, &zero, out, kBf16, kSize, kCompute32F, kDefault) != 0) {
+            return 0;
+        }
+    }
+    CHECK_CUDA(cudaEventRecord(b, g_stream));
+    CHECK_CUDA(cudaStreamSynchronize(g_stream));
+    float ms;
+    CHECK_CUDA(cudaEventElapsedTime(&ms, a, b));
+    CHECK_CUDA(cudaEventDestroy(a));
+    CHECK_CUDA(cudaEventDestroy(b));
+    return 2.0 * kSize * kSize * kSize * kProducts / ms * 1e-9;
+}
+
 void bench_cases(int only, bool verify, bool time) {
     const int n = sizeof(kVariants) / sizeof(kVariants[0]);
-    int wrong = 0;
+    int wrong = verify && only == 0 ? verify_odd() : 0;
     std::vector<double> log_sum(n, 0.0);
     double best_log = 0;
     int cases = 0;
@@ -298,15 +363,17 @@ void bench_prefill(bool verify) {
         Random random{3};
         for (int i = 0; i < s.tokens * s.top_k; i++) counts[s.even ? i % s.experts : random.below(s.experts)]++;
         Bench bench(counts, s.hidden, s.intermediate, s.tokens);
-        if (verify && s.experts == 128) std::printf("%s", bench.verify(s.name) ? "" : "bits equal; ");
+        if (verify) std::printf("%s", bench.verify(s.name) ? "" : "bits equal; ");
         const double flop = 2.0 * bench.rows * s.hidden * s.intermediate;
         std::printf("%-36s", s.name);
         for (const Variant& v : kVariants) {
             const int replays = v.gate_up == moe_gate_up_mma ? 1 : 5;
             const double g1 = bench.time_us(v, kGateUp, replays), g2 = bench.time_us(v, kDown, replays);
-            const double both = bench.time_us(v, kChain, replays);
+            const double dense = dense_tflops();
+            const double both = bench.time_us(v, kChain, replays), chain = 3 * flop / both * 1e-6;
             std::printf(" | %s %.0f us, TFLOP/s %.0f %.0f chain %.0f", v.name, both, 2 * flop / g1 * 1e-6,
-                        flop / g2 * 1e-6, 3 * flop / both * 1e-6);
+                        flop / g2 * 1e-6, chain);
+            if (dense > 0) std::printf(", cuBLAS %.0f: %.2f", dense, chain / dense);
             std::fflush(stdout);
         }
         std::printf("\n");

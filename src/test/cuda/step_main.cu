@@ -447,16 +447,20 @@ class Layer {
         const int wide = moe::kWgmmaSharedBytes<moe::WideShape>;
         struct Flow {
             std::vector<Kernel> kernels;
-            int shared;
+            int shared, ctas;
+            unsigned least = 1;
         };
-        const Flow flows[] = {{{moe_experts_wgmma}, narrow},
-                              {{moe_experts_wgmma_wide}, wide},
-                              {{moe_gate_up_wgmma, moe_down_wgmma}, narrow}};
-        const Flow& flow = flows[(c.H / 8 + c.E + c.M + c.R) % 3];
+        const Flow flows[] = {{{moe_experts_wgmma}, narrow, sms},
+                              {{moe_experts_wgmma_wide}, wide, sms},
+                              {{moe_gate_up_wgmma, moe_down_wgmma}, narrow, sms},
+                              {{moe_gate_up_wgmma_prefill, moe_down_wgmma_prefill},
+                               moe::prefill::kSharedBytes, sms / 2 * 2, 2}};
+        const Flow& flow = flows[(c.H / 8 + c.E + c.M + c.R) % 4];
         for (Kernel kernel : flow.kernels) {
             CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, flow.shared));
             cudaLaunchConfig_t config{};
-            config.gridDim = grid(sms), config.blockDim = dim3(moe::kWgmmaThreads);
+            config.gridDim = grid(flow.ctas), config.blockDim = dim3(moe::kWgmmaThreads);
+            config.gridDim.x = std::max(config.gridDim.x, flow.least);
             config.dynamicSmemBytes = flow.shared, config.stream = stream;
             cudaLaunchAttribute attribute{};
             attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;

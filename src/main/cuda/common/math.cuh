@@ -10,6 +10,7 @@
 
 #include "../layout/step_params.cuh"
 #include "../ptx/approximate.cuh"
+#include "../ptx/min_max.cuh"
 
 namespace moe {
 
@@ -32,9 +33,9 @@ struct Activation {
           shift(kind == kClampedSwiGlu ? 1.0f : 0.0f) {}
 
     __device__ __forceinline__ float operator()(float gate, float up) const {
-        // why: comparisons, not fminf, which would turn NaN into the limit
-        const float g = gate > limit ? limit : gate;
-        const float u = up > limit ? limit : (up < -limit ? -limit : up);
+        // why: not fminf, which would turn NaN into the limit, nor comparisons, which become branches
+        const float g = ptx::min_or_nan(gate, limit);
+        const float u = ptx::max_or_nan(ptx::min_or_nan(up, limit), -limit);
         // sigmoid by the special function units: two units in the last place or so, far below bf16
         const float e = ptx::exp2_approx(__fmul_rn(__fmul_rn(alpha, g), -1.44269504f));
         const float s = ptx::reciprocal_approx(__fadd_rn(1.0f, e));

@@ -117,6 +117,11 @@ __device__ __forceinline__ void store_8x8(__nv_bfloat16* out, int64_t row0, int 
 struct GateUpEpilogue {
     Activation activation;
 
+    __device__ __forceinline__ float value(float gate, float up, float gate_bias,
+                                           float up_bias) const {
+        return activation(__fadd_rn(gate, gate_bias), __fadd_rn(up, up_bias));
+    }
+
     template <int kColumns, int kBlocks>
     __device__ __forceinline__ void store(const GemmOperands& g, const scheduler::Work& work,
                                           const float (&acc)[kBlocks][4]) const {
@@ -138,10 +143,8 @@ struct GateUpEpilogue {
             float v[2];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const float value = activation(__fadd_rn(acc[j][i], gate_bias),
-                                               __fadd_rn(acc[j][i + 2], up_bias));
                 // why: a token with an Inf would leave NaN, not zero, in the pad
-                v[i] = real ? value : 0.0f;
+                v[i] = real ? value(acc[j][i], acc[j][i + 2], gate_bias, up_bias) : 0.0f;
             }
             store_8x8(g.out, row0, 8 * j, work.rows, g.out_pitch, feature0, pack_bf16(v[0], v[1]));
         }
@@ -150,6 +153,10 @@ struct GateUpEpilogue {
 
 // Bias, bf16. Lane: feature lane / 4 of the warp's 16 in acc[.][0..1], feature lane / 4 + 8 in [2..3].
 struct DownEpilogue {
+    __device__ __forceinline__ float value(float sum, float bias) const {
+        return __fadd_rn(sum, bias);
+    }
+
     template <int kColumns, int kBlocks>
     __device__ __forceinline__ void store(const GemmOperands& g, const scheduler::Work& work,
                                           const float (&acc)[kBlocks][4]) const {
@@ -165,14 +172,14 @@ struct DownEpilogue {
                 : g.bias + static_cast<int64_t>(work.expert) * g.row_tiles * kTileRows + feature0;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int feature = feature0 + 8 * half + lane / 4;
+            const bool real = feature0 + 8 * half + lane / 4 < g.features;
             const float add = bias == nullptr ? 0.0f : bias[8 * half + lane / 4];
 #pragma unroll
             for (int j = 0; j < kColumns / 8; j++) {
                 float v[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    v[i] = feature >= g.features ? 0.0f : __fadd_rn(acc[j][2 * half + i], add);
+                    v[i] = real ? value(acc[j][2 * half + i], add) : 0.0f;
                 }
                 store_8x8(g.out, row0, 8 * j, work.rows, g.out_pitch, feature0 + 8 * half,
                           pack_bf16(v[0], v[1]));

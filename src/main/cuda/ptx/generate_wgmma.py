@@ -1,7 +1,27 @@
 #!/usr/bin/env python3
-"""Writes wgmma.cuh: one overload for each number of columns. Run it here after changing the list."""
+"""Writes wgmma.cuh and wgmma_prefix.cuh: one overload for each number of columns. Run it here after
+changing a list."""
 
 COLUMNS = [8, 16, 24, 32, 48, 64, 80, 96, 128, 176, 224]
+PREFIX_COLUMNS = [8, 16, 32, 48, 64, 80] + list(range(96, 153, 8))
+
+PREFIX_HEAD = """// Warpgroup matrix products into the first columns of wider accumulators. Written by generate_wgmma.py.
+#pragma once
+#include "wgmma.cuh"
+
+namespace moe::ptx {
+
+template <int kColumns>
+struct Columns {};
+
+// As wgmma_descriptor, of every second group of 8 rows.
+__device__ __forceinline__ uint64_t wgmma_descriptor_of_alternate_rows(uint32_t shared_address) {
+    return static_cast<uint64_t>((shared_address & 0x3ffff) >> 4) | (1ull << 16) |
+           (static_cast<uint64_t>(2048 >> 4) << 32) | (1ull << 62);
+}
+
+// d[64][n] = a[64][16] * b[16][n] + (add ? d : 0), as wgmma_k16.
+"""
 
 HEAD = """// Warpgroup matrix products (PTX ISA 9.7.15). Written by generate_wgmma.py.
 #pragma once
@@ -57,11 +77,28 @@ def overload(n):
     return text
 
 
+def prefix_overload(n):
+    text = overload(n)
+    signature, body = text.split("\n", 1)
+    regs = n // 2
+    body = body.replace("setp.eq.u32 add, 0, 0;", f"setp.ne.b32 add, %{regs + 2}, 0;")
+    body = body.replace('"l"(a), "l"(b));', '"l"(a), "l"(b), "r"(add));')
+    return (
+        "template <int kBlocks>\n"
+        f"__device__ __forceinline__ void wgmma_k16(Columns<{n}>, float (&d)[kBlocks][4], uint64_t a, uint64_t b,\n"
+        f"                                          int add) {{\n{body}"
+    )
+
+
 if __name__ == "__main__":
     import os
 
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "wgmma.cuh")
-    with open(path, "w") as out:
-        out.write(HEAD)
-        out.write("\n".join(overload(n) for n in COLUMNS))
-        out.write("\n}  // namespace moe::ptx\n")
+    folder = os.path.dirname(os.path.abspath(__file__))
+    for name, head, overloads in (
+        ("wgmma.cuh", HEAD, map(overload, COLUMNS)),
+        ("wgmma_prefix.cuh", PREFIX_HEAD, map(prefix_overload, PREFIX_COLUMNS)),
+    ):
+        with open(os.path.join(folder, name), "w") as out:
+            out.write(head)
+            out.write("\n".join(overloads))
+            out.write("\n}  // namespace moe::ptx\n")

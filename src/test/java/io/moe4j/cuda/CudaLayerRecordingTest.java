@@ -46,12 +46,16 @@ class CudaLayerRecordingTest {
     }
 
     private CudaLayer open(RoutingInput input, int ranks) {
+        return open(input, ranks, 16);
+    }
+
+    private CudaLayer open(RoutingInput input, int ranks, int maxTokens) {
         MoeConfig config =
                 MoeConfig.builder()
                         .weights(RandomWeights.of(SHAPE, 1))
                         .rule(RoutingRule.softmaxTopK(true))
                         .routingInput(input)
-                        .maxTokensPerRank(16)
+                        .maxTokensPerRank(maxTokens)
                         .ranks(ranks)
                         .threads(2)
                         .handles(2)
@@ -195,6 +199,30 @@ class CudaLayerRecordingTest {
                 + " x "
                 + launch.gridY()
                 + (launch.pdl() ? " may start early" : "");
+    }
+
+    @Test
+    void shouldRunThePrefillKernelsInPairsOfBlocksWhereExpertsHaveManyRows() {
+        int tokens = 600; // 600 * 4 / 12 = 200 rows of an expert
+        try (CudaLayer layer = open(RoutingInput.TOPK, 1, tokens)) {
+            layer.prepare();
+            long memory = recording.foreignMemory(1 << 18);
+            BoundStep step =
+                    layer.bind(
+                            List.of(
+                                    StepTensors.topk(
+                                            Tensor.device(memory, DType.F32, tokens, 64),
+                                            Tensor.device(memory, DType.BF16, tokens, 64),
+                                            Tensor.device(memory, DType.I32, tokens, 4),
+                                            Tensor.device(memory, DType.F32, tokens, 4),
+                                            Tensor.device(memory, DType.I32, 1))));
+            recording.clearCalls();
+            layer.enqueue(recording.foreignStream(), step);
+            assertThat(recording.launches())
+                    .filteredOn(l -> l.kernel().endsWith("_prefill"))
+                    .hasSize(2)
+                    .allMatch(l -> l.gridX() == 132);
+        }
     }
 
     @Test

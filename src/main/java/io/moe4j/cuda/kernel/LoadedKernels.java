@@ -24,12 +24,16 @@ public final class LoadedKernels implements AutoCloseable {
     private static final String FUSED = "wgmma";
     private static final String FUSED_WIDE = "wgmma_wide";
     private static final String SPLIT = "wgmma_split";
+    private static final String PREFILL = "wgmma_prefill";
 
     /** Fewer rows an expert than this make products for many rows pointless. */
     private static final int WIDE_ROWS = 16;
 
     /** With fewer tiles an SM than this, the long items of many rows would end too late. */
     private static final int WIDE_TILES = 4;
+
+    /** From so many rows an expert on, tensor cores are the limit: pairs of blocks share weights. */
+    private static final int PREFILL_ROWS = 192;
 
     private final KernelModule module;
     private final Map<String, Kernel> bySymbol = new LinkedHashMap<>();
@@ -58,8 +62,10 @@ public final class LoadedKernels implements AutoCloseable {
                                 def.pdl() && pdl));
             }
             String gemm = gemm(config, sms);
-            gateUp = kernel(gemm.equals(MMA) ? "moe_gate_up_mma" : "moe_gate_up_wgmma");
-            down = kernel(gemm.equals(MMA) ? "moe_down_mma" : "moe_down_wgmma");
+            String alone =
+                    gemm.equals(MMA) || gemm.equals(PREFILL) ? gemm : FUSED;
+            gateUp = kernel("moe_gate_up_" + alone);
+            down = kernel("moe_down_" + alone);
             for (Phase phase : Phase.values()) {
                 byPhase.put(phase, flow(phase, config, gemm));
             }
@@ -90,11 +96,11 @@ public final class LoadedKernels implements AutoCloseable {
                     symbols.add("moe_shared_gate_up_" + alone);
                     symbols.add("moe_shared_down_" + alone);
                 }
-                if (gemm.equals(MMA) || gemm.equals(SPLIT)) {
-                    symbols.add("moe_gate_up_" + alone);
-                    symbols.add("moe_down_" + alone);
-                } else {
+                if (gemm.equals(FUSED) || gemm.equals(FUSED_WIDE)) {
                     symbols.add("moe_experts_" + gemm);
+                } else {
+                    symbols.add(gateUp.symbol());
+                    symbols.add(down.symbol());
                 }
             }
             case COMBINE_SEND -> symbols.add("moe_combine_send");
@@ -108,13 +114,14 @@ public final class LoadedKernels implements AutoCloseable {
      * Which matrix kernels run, all of which give the same bits: those of wgmma where the image has
      * them, both products in one kernel, in one of two shapes by the layer's sizes, never by
      * counts. The system property {@code moe4j.cuda.gemm} may ask for {@code mma}, for {@code
-     * wgmma}, for its {@code wide} shape, or for {@code split}, a kernel for each product.
+     * wgmma}, for its {@code wide} shape, for {@code prefill}, or for {@code split}, a kernel for
+     * each product.
      */
     private String gemm(MoeConfig config, int sms) {
         String wanted = System.getProperty("moe4j.cuda.gemm", "");
-        if (!List.of("", "mma", "wgmma", "wide", "split").contains(wanted)) {
+        if (!List.of("", "mma", "wgmma", "wide", "prefill", "split").contains(wanted)) {
             throw new IllegalArgumentException(
-                    "moe4j.cuda.gemm=" + wanted + " is none of mma, wgmma, wide and split");
+                    "moe4j.cuda.gemm=" + wanted + " is none of mma, wgmma, wide, prefill and split");
         }
         boolean hopper = bySymbol.containsKey("moe_experts_wgmma");
         if (!hopper && !List.of("", "mma").contains(wanted)) {
@@ -131,6 +138,9 @@ public final class LoadedKernels implements AutoCloseable {
         }
         if (wanted.equals("wide")) {
             return FUSED_WIDE;
+        }
+        if (wanted.equals("prefill") || DeviceLayout.averageRows(config) >= PREFILL_ROWS) {
+            return PREFILL;
         }
         long tiles =
                 (long) config.expertsPerRank()
@@ -153,6 +163,7 @@ public final class LoadedKernels implements AutoCloseable {
                     case "experts" -> clamp(config.expertsPerRank(), 4L * sms);
                     case "gemm" -> 2L * sms;
                     case "sm" -> sms;
+                    case "pairs" -> Math.max(2, sms / 2 * 2);
                     case "pack" -> 8L * sms;
                     case "one" -> 1;
                     default ->

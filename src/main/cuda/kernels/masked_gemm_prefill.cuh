@@ -1,0 +1,641 @@
+// The masked grouped GEMM with wgmma for prefill, where experts have hundreds of rows and more:
+// out[row] = epilogue(W[expert of row] . in[row]).
+//
+// Two CTAs form a cluster and share weights: a tile of theirs is 256 outputs x up to 2 x 152 tokens
+// of an expert, half the tokens each. Per k block of 64 a CTA fetches one of the two 16 KiB weight
+// tiles for both (bulk copies to the whole cluster) and gathers its own token rows with cp.async,
+// so 32 KiB pass through the L2 cache for 256 x 128 x 64 products.
+//   warpgroups 0, 1       128 outputs each: two wgmma m64 n8 .. n152, A = weights, B = tokens
+//   warpgroup 2, warp 0   weights
+//                warps 1, 2   tokens
+//                warp 3   deals: which tiles this cluster works on
+//   stage_ready, stage_free   barriers of a stage: all bytes landed; both CTAs' multipliers have left
+//   tile_ready, tile_free     the same of a listed tile
+// Of a warpgroup's 128 rows of weights a warp takes 32 neighbouring ones (a wgmma takes every second
+// group of 8), which are turned in shared memory and stored as 32 or 64 bytes of a row.
+//
+// Each output is one accumulator over ascending k, 16 at a time, so the bits are those of
+// masked_gemm.cuh. Launched with programmatic dependence or without, as masked_gemm_wgmma.cuh.
+// gridDim.x is even.
+#pragma once
+#include "../ptx/bulk_copy.cuh"
+#include "../ptx/cluster.cuh"
+#include "../ptx/cp_async.cuh"
+#include "../ptx/grid_dependency.cuh"
+#include "../ptx/mbarrier.cuh"
+#include "../ptx/registers.cuh"
+#include "../ptx/stmatrix.cuh"
+#include "../ptx/wgmma_prefix.cuh"
+#include "gemm_epilogue.cuh"
+
+namespace moe::prefill {
+
+constexpr int kThreads = 384;
+constexpr int kMultiplyThreads = 256;
+constexpr int kGatherThreads = 64;
+constexpr int kClusterCtas = 2;
+// why: a test builds the kernels without a body for targets that have no clusters
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define MOE_IN_PAIRS
+#else
+#define MOE_IN_PAIRS __cluster_dims__(moe::prefill::kClusterCtas, 1, 1)
+#endif
+constexpr int kListedTiles = 4;
+
+// Of the 168 that 384 threads may have each at launch.
+constexpr int kMultiplierRegisters = 216;
+constexpr int kProducerRegisters = 72;
+static_assert(2 * kMultiplierRegisters + kProducerRegisters <= 3 * 168,
+              "a warpgroup waits forever for registers that the CTA does not have");
+
+constexpr int kMaxColumns = 152;  // of a CTA
+constexpr int kBlocks = kMaxColumns / 8;
+constexpr int kStages = 4;
+constexpr int kWeightBytes = 2 * kTileBytes;
+constexpr int kTokenBytes = kMaxColumns * kRowBytes;
+constexpr int kRingBytes = kStages * (kWeightBytes + kTokenBytes);
+constexpr int kTurned = 2;  // pieces of 512 bytes that a warp turns at a time
+constexpr int kTurnBytes = 2 * kTurned * 512;
+constexpr int kExtraBytes = 1024;
+constexpr int kSharedBytes = kRingBytes + kMultiplyThreads / 32 * kTurnBytes + kExtraBytes;
+static_assert(kSharedBytes <= 227 * 1024, "one CTA fits an SM of sm_90");
+
+// The wgmma width for so many token columns, a multiple of 8.
+__device__ __forceinline__ constexpr int columns_for(int width) {
+    return width <= 16 || width >= 96 ? width : (width + 15) / 16 * 16;
+}
+
+// What a cluster works on: packed token rows first_row .. first_row + rows - 1 of an expert, of
+// which CTA 0 takes the first `width` and CTA 1 the rest, and two row tiles.
+struct Tile {
+    int expert;
+    int row_tile;   // the first, even
+    int first_row;
+    int rows;
+    int width;      // 0: there are no more tiles
+};
+
+struct Shared {
+    uint64_t stage_ready[kStages];
+    uint64_t stage_free[kStages];
+    uint64_t tile_ready[kListedTiles];
+    uint64_t tile_free[kListedTiles];
+    Tile tiles[kListedTiles];
+    GemmOperands operands;
+};
+static_assert(sizeof(Shared) <= kExtraBytes, "barriers lie behind the rings");
+
+// A position in a ring and the parity of its barriers' phase.
+template <int kSize>
+struct Position {
+    int index = 0;
+    uint32_t parity = 0;
+
+    __device__ __forceinline__ void step() {
+        if (++index == kSize) {
+            index = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// Shared addresses.
+struct Addresses {
+    uint32_t ring;
+    uint32_t turn;
+    uint32_t stage_ready;
+    uint32_t stage_free;
+    uint32_t tile_ready;
+    uint32_t tile_free;
+
+    __device__ __forceinline__ uint32_t weights(int stage) const {
+        return ring + stage * kWeightBytes;
+    }
+    __device__ __forceinline__ uint32_t tokens(int stage) const {
+        return ring + kStages * kWeightBytes + stage * kTokenBytes;
+    }
+};
+
+__device__ __forceinline__ uint32_t barrier_at(uint32_t barriers, int index) {
+    return barriers + 8 * index;
+}
+
+// Warp 3 of warpgroup 2. Tiles are numbered expert by expert, within an expert by pairs of row
+// tiles, within a pair by blocks of tokens, and dealt to the clusters in turn. The tokens of an
+// expert fall into blocks of 16 a unit, as equal as can be.
+__device__ __forceinline__ void deal_tiles(Shared& shared, const Addresses& at) {
+    const int lane = threadIdx.x % 32;
+    const int* counts = shared.operands.counts;
+    const int* offsets = shared.operands.offsets;
+    const int experts = shared.operands.experts;
+    const int pairs = (shared.operands.row_tiles + 1) / 2;
+    const int step = gridDim.x / kClusterCtas;
+    int number = blockIdx.x / kClusterCtas;  // of the next tile, from the first of the group of experts
+
+    Position<kListedTiles> slot;
+    int group = 0;  // of 32 experts
+    int rows, first_row, end = 0;  // of the lane's expert
+    bool listed = true;
+    while (listed) {
+        // The group of experts that has the tile
+        int tiles = 0, units = 0, blocks = 0;
+        for (;;) {
+            const int expert = group + lane;
+            rows = expert < experts ? max(counts[expert], 0) : 0;
+            first_row = rows > 0 && offsets != nullptr ? offsets[expert] : 0;
+            units = (rows + 15) / 16;
+            blocks = (units + kBlocks - 1) / kBlocks;
+            tiles = blocks * pairs;
+            end = tiles;
+#pragma unroll
+            for (int offset = 1; offset < 32; offset *= 2) {
+                const int other = __shfl_up_sync(0xffffffffu, end, offset);
+                end += lane >= offset ? other : 0;
+            }
+            const int all = __shfl_sync(0xffffffffu, end, 31);
+            if (number < all || group + 32 >= experts) {
+                break;
+            }
+            number -= all;
+            group += 32;
+        }
+        // Its tiles
+        for (;;) {
+            const unsigned after = __ballot_sync(0xffffffffu, number < end);
+            if (after == 0 && group + 32 < experts) {
+                break;
+            }
+            listed = after != 0;
+            ptx::mbarrier_wait(barrier_at(at.tile_free, slot.index), slot.parity ^ 1);
+            if (lane == (listed ? __ffs(after) - 1 : 0)) {
+                Tile tile = {0, 0, 0, 0, 0};
+                if (listed) {
+                    const int within = number - (end - tiles);
+                    const int pair = within / blocks;
+                    const int block = within - pair * blocks;
+                    // why: 64-bit, blocks times units
+                    const int unit = static_cast<int>(static_cast<int64_t>(block) * units / blocks);
+                    const int next = static_cast<int>((block + 1ll) * units / blocks);
+                    tile.expert = group + lane;
+                    tile.row_tile = 2 * pair;
+                    tile.first_row = first_row + 16 * unit;
+                    tile.width = 8 * (next - unit);
+                    tile.rows = min(2 * tile.width, rows - 16 * unit);
+                }
+                shared.tiles[slot.index] = tile;
+                ptx::mbarrier_arrive(barrier_at(at.tile_ready, slot.index));
+            }
+            __syncwarp();
+            slot.step();
+            if (!listed) {
+                break;
+            }
+            number += step;
+        }
+    }
+}
+
+// The roles step over the same list. tile_free counts the warps that do.
+struct TileList {
+    Shared& shared;
+    uint32_t ready, free;
+    Position<kListedTiles> slot;
+
+    __device__ __forceinline__ TileList(Shared& shared, const Addresses& at)
+        : shared(shared), ready(at.tile_ready), free(at.tile_free) {}
+
+    __device__ __forceinline__ const Tile& wait() const {
+        ptx::mbarrier_wait(barrier_at(ready, slot.index), slot.parity);
+        return shared.tiles[slot.index];
+    }
+    __device__ __forceinline__ void leave() {
+        ptx::mbarrier_arrive(barrier_at(free, slot.index));
+        slot.step();
+    }
+};
+constexpr int kTileReaders = kMultiplyThreads / 32 + 1 + kGatherThreads / 32;
+
+// Warpgroup 2, one thread: this CTA's half of the weights, for the cluster.
+__device__ __forceinline__ void stream_weights(Shared& shared, const Addresses& at) {
+    const GemmOperands& g = shared.operands;
+    const int rank = ptx::cluster_rank();
+    const int k_blocks = g.k_blocks;
+    TileList list(shared, at);
+    Position<kStages> stage;
+    for (;;) {
+        const Tile& tile = list.wait();
+        if (tile.width == 0) {
+            return;
+        }
+        // why: where row tiles are odd the last pair has one, which then comes twice
+        const int row_tile = min(tile.row_tile + rank, g.row_tiles - 1);
+        const uint8_t* from = reinterpret_cast<const uint8_t*>(
+            g.weights + tile_offset(tile.expert, row_tile, 0, g.row_tiles, k_blocks));
+        list.leave();
+#pragma unroll 1
+        for (int k = 0; k < k_blocks; k++) {
+            ptx::mbarrier_wait(barrier_at(at.stage_free, stage.index), stage.parity ^ 1);
+            const uint32_t ready = barrier_at(at.stage_ready, stage.index);
+            ptx::mbarrier_arrive_expect(ready, kWeightBytes);
+            ptx::bulk_copy_to_all(at.weights(stage.index) + rank * kTileBytes, from, kTileBytes, ready,
+                                  (1 << kClusterCtas) - 1);
+            from += kTileBytes;
+            stage.step();
+        }
+    }
+}
+
+// Warpgroup 2, warps 1 and 2. A thread copies 16-byte chunk c of rows r, r + 8, .. of each k block.
+template <bool kListed>
+__device__ __forceinline__ void gather_tokens(Shared& shared, const Addresses& at) {
+    const GemmOperands& g = shared.operands;
+    const int thread = threadIdx.x % 128 - 32;
+    const int row0 = thread / 8;
+    const int chunk = thread % 8;
+    const uint32_t place = swizzled(row0, chunk);
+    const int rank = ptx::cluster_rank();
+    const int k_blocks = g.k_blocks;
+    TileList list(shared, at);
+    Position<kStages> stage;
+    for (;;) {
+        const Tile& tile = list.wait();
+        const int width = tile.width;
+        if (width == 0) {
+            return;
+        }
+        const int last = tile.first_row + tile.rows - 1;
+        const int row = tile.first_row + rank * width + row0;
+        const uint32_t pitch = k_blocks * 8;
+        // why: 32 bits of 16-byte chunks reach 64 GiB, and there are many of them
+        uint32_t source[kBlocks];
+        const int32_t* gather = g.gather;
+#pragma unroll
+        for (int i = 0; i < kBlocks; i++) {
+            // why: a copy of the last row is cheaper than a branch; its products are not stored
+            const int packed = min(row + 8 * i, last);
+            source[i] = (kListed ? gather[packed] : packed) * pitch + chunk;
+        }
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) {
+            ptx::mbarrier_arrive(barrier_at(list.free, list.slot.index));
+        }
+        list.slot.step();
+        const uint4* in = reinterpret_cast<const uint4*>(g.in);
+#pragma unroll 1
+        for (int k = 0; k < k_blocks; k++) {
+            ptx::mbarrier_wait(barrier_at(at.stage_free, stage.index), stage.parity ^ 1);
+            const uint32_t to = at.tokens(stage.index) + place;
+#pragma unroll
+            for (int i = 0; i < kBlocks; i++) {
+                if (8 * i >= width) {
+                    break;
+                }
+                ptx::cp_async_16(to + i * 8 * kRowBytes, in + source[i]);
+            }
+            in += 8;
+            ptx::mbarrier_arrive_after_cp_async(barrier_at(at.stage_ready, stage.index));
+            stage.step();
+        }
+    }
+}
+
+// Lanes 0 and 1 tell the CTAs of the cluster that this warp has left a stage.
+__device__ __forceinline__ void leave_stage(uint32_t barriers, int index) {
+    const int lane = threadIdx.x % 32;
+    if (lane < kClusterCtas) {
+        ptx::mbarrier_arrive_at(barrier_at(barriers, index), lane);
+    }
+}
+
+// Warpgroups 0 and 1: all k blocks of a tile.
+template <int kColumns>
+__device__ __forceinline__ void multiply_tile(float (&acc)[2][kBlocks][4], const Addresses& at,
+                                              Position<kStages>& stage, int k_blocks) {
+    static_assert(kColumns <= kMaxColumns, "the accumulators are for so many");
+    constexpr ptx::Columns<kColumns> columns;
+#pragma unroll 1
+    for (int k = 0; k < k_blocks; k++) {
+        ptx::mbarrier_wait(barrier_at(at.stage_ready, stage.index), stage.parity);
+        // why: cp.async wrote through the generic proxy
+        ptx::fence_proxy_async();
+        const uint64_t a = ptx::wgmma_descriptor_of_alternate_rows(at.weights(stage.index) +
+                                                                   threadIdx.x / 128 * kTileBytes);
+        const uint64_t b = ptx::wgmma_descriptor(at.tokens(stage.index));
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < kTileCols / 16; i++) {
+            const int add = i > 0 ? 1 : k;
+            ptx::wgmma_k16(columns, acc[0], a + 2 * i, b + 2 * i, add);
+            ptx::wgmma_k16(columns, acc[1], a + 2 * i + 8 * kRowBytes / 16, b + 2 * i, add);
+        }
+        ptx::wgmma_commit();
+        // why not a block later: the other warpgroup's products fill the gap, and the stage is free
+        // sooner
+        ptx::wgmma_wait<0>();
+        leave_stage(at.stage_free, stage.index);
+        stage.step();
+    }
+}
+
+// Keeps a value in its register: the compiler would compute it again wherever it is used.
+__device__ __forceinline__ void keep(uint32_t& value) {
+    asm volatile("" : "+r"(value));
+}
+
+// Stores what a warp has turned: pieces of 512 bytes, kLanes lanes for a row's 16 * kLanes bytes.
+// Two buffers: a batch of pieces is read back while the next is made.
+template <int kLanes>
+class RowStores {
+   public:
+    static constexpr int kRows = 32 / kLanes;  // of a piece
+
+    __device__ __forceinline__ RowStores(const GemmOperands& g, const Tile& tile, int rank, int feature0,
+                                         uint32_t turn)
+        : rows(min(tile.rows - rank * tile.width, tile.width)),
+          step_(static_cast<int64_t>(kRows) * g.out_pitch) {
+        const int lane = threadIdx.x % 32;
+        const int chunk = lane % kLanes;
+        row_ = lane / kLanes;
+        from_ = turn + 16 * (kLanes * row_ + (chunk ^ (row_ / (8 / kLanes) % kLanes)));
+        const int64_t first = tile.first_row + rank * tile.width + row_;
+        out_ = g.out + first * g.out_pitch + feature0 + 8 * chunk;
+        keep(from_);
+    }
+
+    // Takes the batch that lies so many bytes on; the one before must have been put.
+    __device__ __forceinline__ void take(uint32_t buffer) {
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < kTurned; i++) {
+            held_[i] = ptx::load_shared_16(from_ + buffer + 512 * i);
+        }
+    }
+
+    __device__ __forceinline__ void put() {
+#pragma unroll
+        for (int i = 0; i < kTurned; i++) {
+            if (row_ < rows) {
+                ptx::store_global_16(out_, held_[i]);
+            }
+            row_ += kRows;
+            out_ += step_;
+        }
+    }
+
+    const int rows;  // of this CTA
+
+   private:
+    const int64_t step_;
+    int row_;
+    uint32_t from_;
+    __nv_bfloat16* out_;
+    uint4 held_[kTurned];
+};
+
+// The epilogue of a warp: of the row tile, packed rows 32 warp + lane / 4 in acc[0][.][0..1], 8
+// rows on in acc[1][.][0..1], 16 in acc[0][.][2..3], 24 in acc[1][.][2..3]. Gate and up alternate:
+// 16 features.
+__device__ __forceinline__ void store(const GateUpEpilogue& epilogue, const GemmOperands& g,
+                                      const Tile& tile, int row_tile, int rank, uint32_t turn,
+                                      const float (&acc)[2][kBlocks][4]) {
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32 % 4;
+    const int feature0 = row_tile * (kTileRows / 2) + 16 * warp;
+    uint32_t real[2];  // all ones, or zero for a pad
+    float gate_bias[2] = {0.0f, 0.0f};
+    float up_bias[2] = {0.0f, 0.0f};
+    const float* bias = g.bias == nullptr
+                            ? nullptr
+                            : g.bias + (static_cast<int64_t>(tile.expert) * g.row_tiles + row_tile) * kTileRows +
+                                  32 * warp + lane / 4;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        real[half] = feature0 + 8 * half + lane / 4 < g.features ? 0xffffffffu : 0;
+        keep(real[half]);
+        if (bias != nullptr) {
+            gate_bias[half] = bias[16 * half];
+            up_bias[half] = bias[16 * half + 8];
+        }
+    }
+    RowStores<2> stores(g, tile, rank, feature0, turn);
+    // The lane's address among 16 rows of 32 bytes: matrices are (features, rows), features first
+    const int row = lane / 16 * 8 + lane % 8;
+    uint32_t place = turn + 32 * row + 16 * ((lane / 8 ^ row / 4) % 2);
+    keep(place);
+#pragma unroll
+    for (int j0 = 0; j0 < kBlocks; j0 += 2 * kTurned) {
+        const uint32_t buffer = j0 / (2 * kTurned) % 2 * (kTurnBytes / 2);
+        if (8 * j0 < stores.rows) {
+#pragma unroll
+            for (int i = 0; i < kTurned; i++) {
+                uint32_t m[2][2];
+#pragma unroll
+                for (int next = 0; next < 2; next++) {
+                    const int j = min(j0 + 2 * i + next, kBlocks - 1);
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        float v[2];
+#pragma unroll
+                        for (int e = 0; e < 2; e++) {
+                            v[e] = epilogue.value(acc[0][j][2 * half + e], acc[1][j][2 * half + e],
+                                                  gate_bias[half], up_bias[half]);
+                        }
+                        m[next][half] = pack_bf16(v[0], v[1]) & real[half];
+                    }
+                }
+                ptx::stmatrix_x4_transposed(place + buffer + 512 * i, m[0][0], m[0][1], m[1][0], m[1][1]);
+            }
+            if (j0 > 0) {
+                stores.put();
+            }
+            stores.take(buffer);
+        }
+    }
+    if (stores.rows > 0) {
+        stores.put();
+    }
+}
+
+// As above: 32 features.
+__device__ __forceinline__ void store(const DownEpilogue& epilogue, const GemmOperands& g,
+                                      const Tile& tile, int row_tile, int rank, uint32_t turn,
+                                      const float (&acc)[2][kBlocks][4]) {
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32 % 4;
+    const int feature0 = row_tile * kTileRows + 32 * warp;
+    if (feature0 >= g.out_pitch) {
+        return;  // the last tile may overhang the rows by 64
+    }
+    const float* bias = g.bias == nullptr
+                            ? nullptr
+                            : g.bias + static_cast<int64_t>(tile.expert) * g.row_tiles * kTileRows + feature0 +
+                                  lane / 4;
+    uint32_t real[4];  // all ones, or zero for a pad
+    float add[4];
+#pragma unroll
+    for (int eight = 0; eight < 4; eight++) {
+        real[eight] = feature0 + 8 * eight + lane / 4 < g.features ? 0xffffffffu : 0;
+        keep(real[eight]);
+        add[eight] = bias == nullptr ? 0.0f : bias[8 * eight];
+    }
+    RowStores<4> stores(g, tile, rank, feature0, turn);
+    // The lane's address among 8 rows of 64 bytes: matrices are features
+    uint32_t place = turn + 64 * (lane % 8) + 16 * (lane / 8 ^ lane % 8 / 2);
+    keep(place);
+#pragma unroll
+    for (int j0 = 0; j0 < kBlocks; j0 += kTurned) {
+        const uint32_t buffer = j0 / kTurned % 2 * (kTurnBytes / 2);
+        if (8 * j0 < stores.rows) {
+#pragma unroll
+            for (int i = 0; i < kTurned; i++) {
+                const int j = min(j0 + i, kBlocks - 1);
+                uint32_t m[4];
+#pragma unroll
+                for (int eight = 0; eight < 4; eight++) {
+                    const int half = eight / 2 * 2;
+                    const uint32_t pair = pack_bf16(epilogue.value(acc[eight % 2][j][half], add[eight]),
+                                                    epilogue.value(acc[eight % 2][j][half + 1], add[eight]));
+                    m[eight] = pair & real[eight];
+                }
+                ptx::stmatrix_x4_transposed(place + buffer + 512 * i, m[0], m[1], m[2], m[3]);
+            }
+            if (j0 > 0) {
+                stores.put();
+            }
+            stores.take(buffer);
+        }
+    }
+    if (stores.rows > 0) {
+        stores.put();
+    }
+}
+
+// Keeps the compiler from moving accumulators across the wgmmas in flight.
+__device__ __forceinline__ void pin(float (&acc)[2][kBlocks][4]) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#pragma unroll
+        for (int j = 0; j < kBlocks; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                asm volatile("" : "+f"(acc[half][j][i])::"memory");
+            }
+        }
+    }
+}
+
+// Warpgroups 0 and 1. The accumulators are one array for all widths, so that there is one epilogue:
+// the code of one for each would not stay in the instruction cache.
+template <class Epilogue>
+__device__ __forceinline__ void multiply(Shared& shared, const Addresses& at,
+                                         const Epilogue& epilogue) {
+    const GemmOperands& g = shared.operands;
+    const int rank = ptx::cluster_rank();
+    const int k_blocks = g.k_blocks;
+    const uint32_t turn = at.turn + threadIdx.x / 32 * kTurnBytes;
+    TileList list(shared, at);
+    Position<kStages> stage;
+    float acc[2][kBlocks][4];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#pragma unroll
+        for (int j = 0; j < kBlocks; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                acc[half][j][i] = 0.0f;
+            }
+        }
+    }
+#pragma unroll 1
+    for (;;) {
+        const Tile& tile = list.wait();
+        if (tile.width == 0) {
+            return;
+        }
+        pin(acc);
+        switch (columns_for(tile.width)) {
+            case 8: multiply_tile<8>(acc, at, stage, k_blocks); break;
+            case 16: multiply_tile<16>(acc, at, stage, k_blocks); break;
+            case 32: multiply_tile<32>(acc, at, stage, k_blocks); break;
+            case 48: multiply_tile<48>(acc, at, stage, k_blocks); break;
+            case 64: multiply_tile<64>(acc, at, stage, k_blocks); break;
+            case 80: multiply_tile<80>(acc, at, stage, k_blocks); break;
+            case 96: multiply_tile<96>(acc, at, stage, k_blocks); break;
+            case 104: multiply_tile<104>(acc, at, stage, k_blocks); break;
+            case 112: multiply_tile<112>(acc, at, stage, k_blocks); break;
+            case 120: multiply_tile<120>(acc, at, stage, k_blocks); break;
+            case 128: multiply_tile<128>(acc, at, stage, k_blocks); break;
+            case 136: multiply_tile<136>(acc, at, stage, k_blocks); break;
+            case 144: multiply_tile<144>(acc, at, stage, k_blocks); break;
+            default: multiply_tile<kMaxColumns>(acc, at, stage, k_blocks);
+        }
+        pin(acc);
+        const int row_tile = tile.row_tile + threadIdx.x / 128;
+        if (row_tile < g.row_tiles) {
+            store(epilogue, g, tile, row_tile, rank, turn, acc);
+        }
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) {
+            ptx::mbarrier_arrive(barrier_at(list.free, list.slot.index));
+        }
+        list.slot.step();
+    }
+}
+
+template <bool kCountsAreFinal, class Epilogue>
+__device__ __forceinline__ void masked_gemm(const GemmOperands& operands, const Epilogue& epilogue) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    extern __shared__ __align__(1024) uint8_t prefill_ring[];
+    Shared& shared = *reinterpret_cast<Shared*>(prefill_ring + kSharedBytes - kExtraBytes);
+    Addresses at;
+    at.ring = ptx::shared_address(prefill_ring);
+    at.turn = at.ring + kRingBytes;
+    at.stage_ready = ptx::shared_address(shared.stage_ready);
+    at.stage_free = ptx::shared_address(shared.stage_free);
+    at.tile_ready = ptx::shared_address(shared.tile_ready);
+    at.tile_free = ptx::shared_address(shared.tile_free);
+    if (threadIdx.x == kThreads - 1) {
+        for (int i = 0; i < kStages; i++) {
+            ptx::mbarrier_init(barrier_at(at.stage_ready, i), 1 + kGatherThreads);
+            ptx::mbarrier_init(barrier_at(at.stage_free, i), kClusterCtas * kMultiplyThreads / 32);
+        }
+        for (int i = 0; i < kListedTiles; i++) {
+            ptx::mbarrier_init(barrier_at(at.tile_ready, i), 1);
+            ptx::mbarrier_init(barrier_at(at.tile_free, i), kTileReaders);
+        }
+        ptx::fence_mbarrier_init();
+        shared.operands = operands;
+    }
+    ptx::cluster_sync();
+    if constexpr (!kCountsAreFinal) {
+        ptx::wait_for_previous_grid();
+        ptx::allow_next_grid();
+    }
+
+    if (threadIdx.x >= kMultiplyThreads) {
+        ptx::give_registers<kProducerRegisters>();
+        const int warp = (threadIdx.x - kMultiplyThreads) / 32;
+        if (warp == 0) {
+            if (threadIdx.x % 32 == 0) {
+                stream_weights(shared, at);
+            }
+        } else if (warp == 3) {
+            deal_tiles(shared, at);
+        } else {
+            if constexpr (kCountsAreFinal) {
+                ptx::wait_for_previous_grid();
+                ptx::allow_next_grid();
+            }
+            gather_tokens<!kCountsAreFinal>(shared, at);
+        }
+    } else {
+        ptx::take_registers<kMultiplierRegisters>();
+        multiply(shared, at, epilogue);
+    }
+    // why: the other CTA may still arrive at barriers of this one
+    __syncwarp();
+    ptx::cluster_sync();
+#endif
+}
+
+}  // namespace moe::prefill
