@@ -11,16 +11,7 @@ limit=$((30 * 1024 * 1024))
 
 fail() { echo "gpu-bundle: $*" >&2; exit 1; }
 
-# The newest JDK that has jlink.
-newest_jdk() {
-    for home in "${JAVA_HOME:-}" /usr/lib/jvm/*; do
-        [ -x "$home/bin/jlink" ] || continue
-        version=$("$home/bin/java" -version 2>&1 | sed -n 's/.* version "\([0-9]*\).*/\1/p' | head -n 1)
-        echo "${version:-0} $home"
-    done | sort -n | tail -n 1 | cut -d ' ' -f 2
-}
-
-jdk=$(newest_jdk)
+jdk=$(sh src/main/bundle/newest-jdk.sh jlink)
 [ -n "$jdk" ] || fail "no JDK with jlink found: set JAVA_HOME"
 
 rm -rf "$bundle"
