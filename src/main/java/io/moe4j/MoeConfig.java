@@ -24,6 +24,8 @@ import java.util.Locale;
  * @param backend {@code auto}, {@code cpu} or {@code cuda}
  * @param threads CPU backend: worker threads
  * @param handles steps that may be in flight at once; each handle has its own buffers and epochs
+ * @param cudaContext CUDA: the CUcontext of an engine that the layer works in, which the engine
+ *     owns and keeps until the layer is closed; 0 for the primary context of the device
  * @param weights where the weights come from; null for planning only
  */
 public record MoeConfig(
@@ -40,6 +42,7 @@ public record MoeConfig(
         String backend,
         int threads,
         int handles,
+        long cudaContext,
         LayerWeights weights) {
     /** Most ranks in one group. */
     public static final int MAX_RANKS = 64;
@@ -119,6 +122,7 @@ public record MoeConfig(
         builder.backend = backend;
         builder.threads = threads;
         builder.handles = handles;
+        builder.cudaContext = cudaContext;
         builder.weights = weights;
         return builder;
     }
@@ -165,6 +169,7 @@ public record MoeConfig(
         private String backend = "auto";
         private int threads = Runtime.getRuntime().availableProcessors();
         private int handles = 1;
+        private long cudaContext;
         private LayerWeights weights;
 
         private Builder() {}
@@ -258,6 +263,15 @@ public record MoeConfig(
         }
 
         /**
+         * CUDA: the CUcontext of an engine whose streams and memory the layer is to use. The
+         * primary context of the device if not set, which is also what the CUDA runtime uses.
+         */
+        public Builder cudaContext(long value) {
+            cudaContext = value;
+            return this;
+        }
+
+        /**
          * Validates and returns the configuration.
          *
          * @throws IllegalArgumentException naming field, value and cure
@@ -277,6 +291,7 @@ public record MoeConfig(
                     backend,
                     threads,
                     handles,
+                    cudaContext,
                     weights);
         }
     }

@@ -16,7 +16,9 @@ import io.moe4j.SoftCounters;
 import io.moe4j.StepInspection;
 import io.moe4j.StepTensors;
 import io.moe4j.cuda.driver.Context;
+import io.moe4j.cuda.driver.CudaException;
 import io.moe4j.cuda.driver.DeviceBuffer;
+import io.moe4j.cuda.driver.Driver.PointerInfo;
 import io.moe4j.cuda.driver.GraphExec;
 import io.moe4j.cuda.driver.KernelParams;
 import io.moe4j.cuda.driver.ParamArena;
@@ -127,6 +129,9 @@ final class CudaLayer implements MoeLayer {
             }
             try {
                 allocate(progress);
+            } catch (CudaException e) {
+                freeOwned(e);
+                throw e.inCapture() ? refusedInCapture("prepare", e) : e;
             } catch (RuntimeException | Error e) {
                 freeOwned(e);
                 throw e;
@@ -188,9 +193,19 @@ final class CudaLayer implements MoeLayer {
             CudaStep step = pack(ranks, handles[handle]);
             steps.add(step);
             return step;
+        } catch (CudaException e) {
+            throw e.inCapture() ? refusedInCapture("bind", e) : e;
         } finally {
             lock.unlock();
         }
+    }
+
+    private static RuntimeException refusedInCapture(String method, CudaException e) {
+        return new IllegalStateException(
+                method
+                        + " was called while this thread captures a stream: prepare and bind before"
+                        + " the capture begins; this one is broken, end it and start anew",
+                e);
     }
 
     private void validate(int rank, StepTensors tensors) {
@@ -202,6 +217,7 @@ final class CudaLayer implements MoeLayer {
             requireDevice("topkWeights", tensors.topkWeights());
             requireDevice("routerLogits", tensors.routerLogits());
             requireDevice("out", tensors.out());
+            requireReachable(tensors);
         } catch (IllegalArgumentException e) {
             throw new IllegalArgumentException("rank " + rank + ": " + e.getMessage(), e);
         }
@@ -214,6 +230,83 @@ final class CudaLayer implements MoeLayer {
                             + " is host memory but the CUDA backend reads device memory: use"
                             + " Tensor.device or layer.memory().allocate");
         }
+    }
+
+    /** Asks the driver about every address before one is packed. */
+    private void requireReachable(StepTensors tensors) {
+        try (Scope scope = context.enter()) {
+            requireReachable("hidden", tensors.hidden());
+            requireReachable("tokenCount", tensors.tokenCount());
+            requireReachable("topkIds", tensors.topkIds());
+            requireReachable("topkWeights", tensors.topkWeights());
+            requireReachable("routerLogits", tensors.routerLogits());
+            requireReachable("out", tensors.out());
+        }
+    }
+
+    private void requireReachable(String name, Tensor tensor) {
+        if (tensor == null) {
+            return;
+        }
+        // why both ends: an engine's allocation may consist of several mappings
+        requireReachable(name, tensor, tensor.address());
+        requireReachable(name, tensor, tensor.address() + tensor.bytes() - 1);
+    }
+
+    private void requireReachable(String name, Tensor tensor, long address) {
+        String what = String.format("%s=0x%x, %s,", name, tensor.address(), tensor);
+        PointerInfo memory =
+                context.driver()
+                        .pointer(address)
+                        .orElseThrow(
+                                () ->
+                                        new IllegalArgumentException(
+                                                String.format(
+                                                        "%s is not in device memory at 0x%x: it was"
+                                                                + " freed, is host memory, or is smaller"
+                                                                + " than the tensor",
+                                                        what, address)));
+        if (memory.anywhere()) {
+            return;
+        }
+        if (memory.device() != context.device()) {
+            throw new IllegalArgumentException(
+                    what
+                            + " is memory of device "
+                            + memory.device()
+                            + " but the layer runs on device "
+                            + context.device()
+                            + ": allocate it there, or set moe4j.cuda.device");
+        }
+        if (memory.context() != 0 && memory.context() != context.handle()) {
+            throw new IllegalArgumentException(
+                    String.format(
+                            "%s is memory of context 0x%x but the layer works in 0x%x%s: open it with"
+                                    + " cudaContext(0x%x)",
+                            what,
+                            memory.context(),
+                            context.handle(),
+                            context.isPrimary() ? ", the device's primary context" : "",
+                            memory.context()));
+        }
+    }
+
+    /** Asks the driver again, for {@link BoundStep#requireAlive}. */
+    void requireAlive(List<StepTensors> ranks) {
+        whileNotFreed(
+                () -> {
+                    requirePrepared();
+                    for (int rank = 0; rank < ranks.size(); rank++) {
+                        try {
+                            requireReachable(ranks.get(rank));
+                        } catch (IllegalArgumentException e) {
+                            throw new IllegalStateException(
+                                    "bound memory is gone, rank " + rank + ": " + e.getMessage(),
+                                    e);
+                        }
+                    }
+                    return null;
+                });
     }
 
     private CudaStep pack(List<StepTensors> ranks, CudaHandle handle) {
@@ -230,7 +323,7 @@ final class CudaLayer implements MoeLayer {
             context.driver().streamSynchronize(0L); // why: the copy may still be under way
             KernelParams params = arena.params(DeviceStructs.STEP_PARAMS.size());
             packParams(DeviceStructs.STEP_PARAMS.writer(params.bytes(0)), buffer.address(), handle);
-            return new CudaStep(this, handle, params, buffer);
+            return new CudaStep(this, List.copyOf(ranks), handle, params, buffer);
         } catch (RuntimeException | Error e) {
             buffer.close();
             throw e;
@@ -380,11 +473,30 @@ final class CudaLayer implements MoeLayer {
             } catch (RuntimeException | Error e) {
                 cudaStep.handle().nextPhase = Phase.ROUTE; // why: a failed step is over
                 cudaStep.handle().stepInFlight = null;
-                throw e;
+                throw refusedStream(stream, e);
             }
         } finally {
             lock.unlock();
         }
+    }
+
+    /** Names the stream if it is what the driver did not take; else rethrows. */
+    private RuntimeException refusedStream(long stream, Throwable e) {
+        if (e instanceof CudaException refused && refused.invalidHandle()) {
+            return new IllegalArgumentException(
+                    String.format(
+                            "stream=0x%x is no stream of the layer's context 0x%x%s: it was"
+                                    + " destroyed, or made in another context; open the layer with"
+                                    + " cudaContext(...) of the stream's",
+                            stream,
+                            context.handle(),
+                            context.isPrimary() ? ", the device's primary context" : ""),
+                    e);
+        }
+        if (e instanceof Error error) {
+            throw error;
+        }
+        return (RuntimeException) e;
     }
 
     private static void requireNext(CudaStep step, Phase first, Phase last) {
@@ -491,7 +603,7 @@ final class CudaLayer implements MoeLayer {
             return new CudaGraph(exec, layers);
         } catch (RuntimeException | Error e) {
             pinned.forEach(CudaLayer::unpin);
-            throw e;
+            throw refusedStream(stream, e);
         }
     }
 

@@ -33,6 +33,8 @@ public enum Call {
     PRIMARY_CTX_RELEASE("cuDevicePrimaryCtxRelease", Effect.WAITS, Effect.BREAKS_CAPTURE),
     /** The context of this thread. */
     CTX_GET_CURRENT("cuCtxGetCurrent"),
+    /** The device of the current context. */
+    CTX_GET_DEVICE("cuCtxGetDevice"),
     /** Makes a context current. */
     CTX_PUSH_CURRENT("cuCtxPushCurrent"),
     /** Restores the context before. */
@@ -47,6 +49,8 @@ public enum Call {
     MEM_FREE("cuMemFree", Effect.ALLOCATES, Effect.WAITS, Effect.BREAKS_CAPTURE),
     /** Free and total device memory. */
     MEM_GET_INFO("cuMemGetInfo"),
+    /** What an address belongs to. */
+    POINTER_GET_ATTRIBUTE("cuPointerGetAttribute"),
     /** Page-locked host memory. */
     MEM_HOST_ALLOC("cuMemHostAlloc", Effect.ALLOCATES, Effect.WAITS, Effect.BREAKS_CAPTURE),
     /** Address of page-locked memory on the device. */
