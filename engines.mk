@@ -8,11 +8,12 @@ engines: demo-build engines-test ## build moe4j and test it in engines that need
 
 # why: `make test` comes here with the jar that it has just tested
 engines-test:
-	@jdk="$(ENGINES_JDK)"; \
+	@set -e; jdk="$(ENGINES_JDK)"; \
 	if [ -z "$$jdk" ]; then \
 	    echo "engines: skipped: no JDK 22 or newer found (JAVA_HOME, JAVA_HOME_*, /usr/lib/jvm, ~/.sdkman); moe4j itself needs 17"; \
 	else \
 	    echo "engines: $$jdk"; \
+	    "$$jdk/bin/jar" --create --no-compress --file target/moe4j-tests.jar -C target/test-classes io; \
 	    JAVA_HOME="$$jdk" $(MVN) -B -f engines/pom.xml $(ENGINES_GOAL); \
 	fi
 

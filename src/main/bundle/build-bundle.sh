@@ -7,7 +7,7 @@ set -eu
 bundle=$1
 name=$(basename "$bundle")
 mvn=${MVN:-mvn}
-limit=$((30 * 1024 * 1024))
+limit=$((40 * 1024 * 1024))
 
 fail() { echo "gpu-bundle: $*" >&2; exit 1; }
 
@@ -30,6 +30,18 @@ junit=$(cat "$work/junit-version")
     "-Dartifact=org.junit.platform:junit-platform-console-standalone:$junit"
 cp target/moe4j.jar "$work/jars/"
 "$jdk/bin/jar" --create --file "$work/jars/moe4j-tests.jar" -C target/test-classes io
+
+# Engines, if `make engines-test` has compiled them: their tests, and what Jlama needs to generate
+# without chat templates
+engines=
+if [ -d engines/jlama/target/test-classes ]; then
+    engines=jdk.incubator.vector
+    JAVA_HOME=$jdk "$mvn" -B -q -f engines/jlama/pom.xml dependency:copy-dependencies "-DoutputDirectory=$work/jars" \
+        -DincludeArtifactIds=jlama-core,guava,failureaccess,jctools-core,jafama,slf4j-api,slf4j-nop 2>/dev/null
+    "$jdk/bin/jar" --create --file "$work/jars/moe4j-jlama.jar" -C engines/jlama/target/classes io
+    "$jdk/bin/jar" --create --file "$work/jars/moe4j-engines-tests.jar" \
+        -C engines/jlama/target/test-classes io -C engines/ffm/target/test-classes io
+fi
 
 for jar in "$work"/jars/*.jar; do
     file=$(basename "$jar")
@@ -56,7 +68,7 @@ done
 base=java.base,java.logging,java.management,jdk.management,java.xml,jdk.jfr,jdk.unsupported,jdk.zipfs
 needed=$("$jdk/bin/jdeps" --multi-release 17 --ignore-missing-deps --print-module-deps \
     --class-path "$bundle/lib/*" "$bundle"/lib/*.jar 2>/dev/null || true)
-modules=$(printf '%s,%s\n' "$base" "$needed" | tr ',' '\n' \
+modules=$(printf '%s,%s,%s\n' "$base" "$needed" "$engines" | tr ',' '\n' \
     | grep -E '^(java|jdk)\.' | grep -v -E '^(java\.desktop|java\.sql|java\.compiler|jdk\.compiler|java\.rmi)$' \
     | sort -u | paste -s -d , -)
 # why zip-0: xz makes 15 MB of the uncompressed image but 24 MB of a zipped one

@@ -29,6 +29,9 @@ E R cuDeviceCanAccessPeer(int* can, int a, int b) { *can = a != b; return 0; }
 E R cuDevicePrimaryCtxRetain(P* c, int d) { *c = (P)(uintptr_t)(0xc000 + d); return 0; }
 E R cuDevicePrimaryCtxRelease_v2(int d) { return 0; }
 E R cuCtxGetCurrent(P* c) { *c = depth ? current[depth - 1] : 0; return 0; }
+E R cuCtxCreate_v2(P* c, unsigned f, int d) { *c = current[depth++] = (P)(uintptr_t)(0xe000 + d); return 0; }
+E R cuCtxDestroy_v2(P c) { if (depth && current[depth - 1] == c) depth--; return 0; }
+E R cuCtxSetCurrent(P c) { if (depth) depth--; if (c) current[depth++] = c; return 0; }
 E R cuCtxPushCurrent_v2(P c) { current[depth++] = c; return 0; }
 E R cuCtxPopCurrent_v2(P* c) { if (!depth) return 201; *c = current[--depth]; return 0; }
 E R cuCtxGetDevice(int* d) { if (!depth) return 201; *d = (int)((uintptr_t)current[depth - 1] & 0xff) % 16; return 0; }

@@ -1,42 +1,25 @@
 package io.moe4j.jlama;
 
 import static org.assertj.core.api.Assertions.assertThat;
-import static org.junit.jupiter.api.Assumptions.assumeTrue;
 
 import com.github.tjake.jlama.model.AbstractModel;
 import com.github.tjake.jlama.model.ModelSupport;
 import com.github.tjake.jlama.safetensors.DType;
 import com.github.tjake.jlama.tensor.AbstractTensor;
-import io.moe4j.BackendProvider;
-import io.moe4j.Moe;
 import io.moe4j.checker.TokenErrors;
+import io.moe4j.cuda.EnabledIfCuda;
 import io.moe4j.weights.Checkpoint;
 import java.nio.file.Path;
 import java.util.ArrayList;
 import java.util.List;
-import org.junit.jupiter.api.BeforeAll;
-import org.junit.jupiter.api.Tag;
 import org.junit.jupiter.api.Test;
 import org.junit.jupiter.api.io.TempDir;
 
 /** Jlama generates text with its experts on a GPU. */
-@Tag("gpu")
+@EnabledIfCuda
 class JlamaGpuTest {
     private static final int TOKENS = 100;
     @TempDir static Path temporary;
-
-    @BeforeAll
-    static void needsCuda() {
-        BackendProvider cuda =
-                Moe.backends().stream()
-                        .filter(backend -> backend.name().equals("cuda"))
-                        .findFirst()
-                        .orElseThrow();
-        if (!Boolean.getBoolean("moe4j.requireGpu")) {
-            BackendProvider.Availability availability = cuda.availability();
-            assumeTrue(availability.usable(), "needs a GPU: " + availability.reason());
-        }
-    }
 
     @Test
     void shouldGenerateWithinTheBoundsOfBfloat16() {
