@@ -31,13 +31,12 @@ junit=$(cat "$work/junit-version")
 cp target/moe4j.jar "$work/jars/"
 "$jdk/bin/jar" --create --file "$work/jars/moe4j-tests.jar" -C target/test-classes io
 
-# Engines, if `make engines-test` has compiled them: their tests, and what Jlama needs to generate
-# without chat templates
+# Engines, if `make engines-test` has compiled them: their tests, and what Jlama needs to run
 engines=
 if [ -d engines/jlama/target/test-classes ]; then
-    engines=jdk.incubator.vector
+    engines=jdk.incubator.vector,java.desktop # the latter for java.beans in Jinjava
     JAVA_HOME=$jdk "$mvn" -B -q -f engines/jlama/pom.xml dependency:copy-dependencies "-DoutputDirectory=$work/jars" \
-        -DincludeArtifactIds=jlama-core,guava,failureaccess,jctools-core,jafama,slf4j-api,slf4j-nop 2>/dev/null
+        -DincludeArtifactIds=jlama-core,guava,failureaccess,jctools-core,jafama,slf4j-api,slf4j-nop,jinjava,javassist,re2j,commons-lang3,commons-net,java-ipv6,big-math,jackson-dataformat-yaml,snakeyaml 2>/dev/null
     "$jdk/bin/jar" --create --file "$work/jars/moe4j-jlama.jar" -C engines/jlama/target/classes io
     "$jdk/bin/jar" --create --file "$work/jars/moe4j-engines-tests.jar" \
         -C engines/jlama/target/test-classes io -C engines/ffm/target/test-classes io
@@ -68,9 +67,9 @@ done
 base=java.base,java.logging,java.management,jdk.management,java.xml,jdk.jfr,jdk.unsupported,jdk.zipfs
 needed=$("$jdk/bin/jdeps" --multi-release 17 --ignore-missing-deps --print-module-deps \
     --class-path "$bundle/lib/*" "$bundle"/lib/*.jar 2>/dev/null || true)
-modules=$(printf '%s,%s,%s\n' "$base" "$needed" "$engines" | tr ',' '\n' \
+modules=$(printf '%s,%s\n' "$base" "$needed" | tr ',' '\n' \
     | grep -E '^(java|jdk)\.' | grep -v -E '^(java\.desktop|java\.sql|java\.compiler|jdk\.compiler|java\.rmi)$' \
-    | sort -u | paste -s -d , -)
+    | sort -u | paste -s -d , -)${engines:+,$engines}
 # why zip-0: xz makes 15 MB of the uncompressed image but 24 MB of a zipped one
 case $("$jdk/bin/java" -version 2>&1 | sed -n 's/.* version "\([0-9]*\).*/\1/p' | head -n 1) in
     17 | 18 | 19 | 20) compress=0 ;;
