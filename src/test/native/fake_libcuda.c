@@ -68,6 +68,7 @@ E R cuStreamIsCapturing(P s, int* st) { *st = capturing; return 0; }
 E R cuStreamBeginCapture_v2(P s, int mode) { if (mode != 1) return 1; capturing = 1; nodes = 0; return 0; }
 E R cuStreamEndCapture(P s, P* g) { capturing = 0; *g = (P)0x6000; return 0; }
 E R cuGraphInstantiateWithFlags(P* e, P g, unsigned long long f) { *e = (P)0x6e000; return g == (P)0x6000 ? 0 : 400; }
+E R cuThreadExchangeStreamCaptureMode(int* m) { static int mode = 1; int was = mode; mode = *m; *m = was; return 0; }
 E R cuGraphUpload(P e, P s) { return 0; }
 E R cuGraphLaunch(P e, P s) { return e == (P)0x6e000 ? 0 : 400; }
 E R cuGraphGetNodes(P g, P* n, size_t* count) { *count = nodes; return 0; }

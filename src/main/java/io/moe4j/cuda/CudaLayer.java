@@ -22,7 +22,9 @@ import io.moe4j.cuda.driver.Driver.PointerInfo;
 import io.moe4j.cuda.driver.GraphExec;
 import io.moe4j.cuda.driver.KernelParams;
 import io.moe4j.cuda.driver.ParamArena;
+import io.moe4j.cuda.driver.PinnedBuffer;
 import io.moe4j.cuda.driver.Scope;
+import io.moe4j.cuda.driver.Stream;
 import io.moe4j.cuda.kernel.Kernel;
 import io.moe4j.cuda.kernel.KernelCatalog;
 import io.moe4j.cuda.kernel.LoadedKernels;
@@ -187,12 +189,16 @@ final class CudaLayer implements MoeLayer {
                                 + config.ranks()
                                 + ": give one StepTensors per rank");
             }
-            for (int rank = 0; rank < ranks.size(); rank++) {
-                validate(rank, ranks.get(rank));
+            // why relaxed: some runtimes tell their addresses only while they capture
+            try (Scope scope = context.enter();
+                    Scope relaxed = context.driver().relaxCapture()) {
+                for (int rank = 0; rank < ranks.size(); rank++) {
+                    validate(rank, ranks.get(rank));
+                }
+                CudaStep step = pack(ranks, handles[handle]);
+                steps.add(step);
+                return step;
             }
-            CudaStep step = pack(ranks, handles[handle]);
-            steps.add(step);
-            return step;
         } catch (CudaException e) {
             throw e.inCapture() ? refusedInCapture("bind", e) : e;
         } finally {
@@ -203,8 +209,9 @@ final class CudaLayer implements MoeLayer {
     private static RuntimeException refusedInCapture(String method, CudaException e) {
         return new IllegalStateException(
                 method
-                        + " was called while this thread captures a stream: prepare and bind before"
-                        + " the capture begins; this one is broken, end it and start anew",
+                        + " was called while this thread captures a stream: "
+                        + method
+                        + " before the capture begins; this one is broken, end it and start anew",
                 e);
     }
 
@@ -319,14 +326,24 @@ final class CudaLayer implements MoeLayer {
         }
         DeviceBuffer buffer = new DeviceBuffer(context, locals.capacity());
         try (Scope scope = context.enter()) {
-            context.driver().memcpyHtoD(buffer.address(), locals.rewind());
-            context.driver().streamSynchronize(0L); // why: the copy may still be under way
+            upload(buffer.address(), locals.rewind());
             KernelParams params = arena.params(DeviceStructs.STEP_PARAMS.size());
             packParams(DeviceStructs.STEP_PARAMS.writer(params.bytes(0)), buffer.address(), handle);
             return new CudaStep(this, List.copyOf(ranks), handle, params, buffer);
         } catch (RuntimeException | Error e) {
             buffer.close();
             throw e;
+        }
+    }
+
+    /** why a stream of its own: the legacy stream may wait for one that is being captured. */
+    private void upload(long to, ByteBuffer from) {
+        int bytes = from.remaining();
+        try (PinnedBuffer pinned = new PinnedBuffer(context, bytes);
+                Stream stream = new Stream(context)) {
+            pinned.bytes().put(0, from, 0, bytes);
+            context.driver().memcpyHtoDAsync(to, pinned.memory(), 0, bytes, stream.handle());
+            stream.synchronize();
         }
     }
 

@@ -74,10 +74,9 @@ public abstract class EngineContract {
         library.createContext(config(), cuda.context(), cuda.stream());
         try (EngineBuffers buffers = new EngineBuffers(cuda, library.layer().config(), alignment)) {
             assertThat(buffers.hidden.address() % (2L * alignment)).isEqualTo(alignment);
-            library.prepare(buffers.step());
-            library.prepare(buffers.step());
-            BoundStep step = library.step();
-            assertThat(step).as("prepare is idempotent").isNotNull();
+            library.prepare();
+            library.prepare();
+            assertThat(library.step()).as("no address is known yet").isNull();
 
             cuda.beginCapture();
             library.dispatch(buffers.step());
@@ -145,7 +144,7 @@ public abstract class EngineContract {
                 .isLessThan(6e-3);
         assertThat(Arrays.copyOfRange(got, tokens * h, got.length))
                 .as("rows past T")
-                .containsOnly(0f);
+                .isEqualTo(new float[got.length - tokens * h]);
     }
 
     @Test
@@ -204,17 +203,11 @@ public abstract class EngineContract {
             assertThatThrownBy(layer::prepare)
                     .isInstanceOf(IllegalStateException.class)
                     .hasMessage(
-                            "prepare was called while this thread captures a stream: prepare and"
-                                    + " bind before the capture begins; this one is broken, end it and"
-                                    + " start anew");
+                            "prepare was called while this thread captures a stream: prepare before the"
+                                    + " capture begins; this one is broken, end it and start anew");
             assertThatThrownBy(cuda::endCapture).isInstanceOf(RuntimeException.class);
 
             layer.prepare(); // the same layer, now in the right order
-            cuda.beginCapture();
-            assertThatThrownBy(() -> layer.bind(List.of(buffers.step())))
-                    .isInstanceOf(IllegalStateException.class)
-                    .hasMessageContaining("bind was called while this thread captures a stream");
-            assertThatThrownBy(cuda::endCapture).isInstanceOf(RuntimeException.class);
             BoundStep step = layer.bind(List.of(buffers.step()));
             cuda.beginCapture();
             layer.enqueue(cuda.stream(), step);

@@ -28,17 +28,17 @@ public final class LibraryProviderExample {
         stream = nativeStream;
     }
 
-    /** Before any capture; may be called again. Allocates, packs the weights, binds the arrays. */
-    public void prepare(StepTensors arrays) {
+    /** Before any capture; may be called again. Allocates everything and packs the weights. */
+    public void prepare() {
         layer.prepare();
-        if (step == null) {
-            step = layer.bind(List.of(arrays));
-        }
     }
 
-    /** Eager or inside the runtime's capture: compares addresses, then launches kernels only. */
+    /** Eager or inside the runtime's capture, which is where it first tells the addresses. */
     public void dispatch(StepTensors arrays) {
-        step.requireUnmoved(List.of(arrays)); // the runtime looks the pointers up at each call
+        if (step == null) {
+            step = layer.bind(List.of(arrays)); // legal in a capture, no part of the graph
+        }
+        step.requireUnmoved(List.of(arrays)); // a buffer that moved is an error, not a wrong result
         layer.enqueue(stream, step);
     }
 

@@ -9,6 +9,7 @@ import io.moe4j.MoeConfig;
 import io.moe4j.checker.Float64Oracle;
 import io.moe4j.checker.Routing;
 import io.moe4j.checker.TokenErrors;
+import io.moe4j.examples.EngineWeightsExample;
 import io.moe4j.model.ExpertWeights;
 import io.moe4j.model.LayerWeights;
 import io.moe4j.model.MoeShape;
@@ -131,6 +132,26 @@ class EngineWeightsTest {
                                 new Routing(7, 2, flat(batch.ids()), flat(batch.weights())));
         assertThat(TokenErrors.of(flat(Arrays.copyOf(got, 7)), want, 7, SHAPE.hidden()).max())
                 .isLessThan(1e-5);
+    }
+
+    @ParameterizedTest
+    @EnumSource(GgufType.class)
+    void shouldRunTheExpertsOfAGgufFile(GgufType type) {
+        int i = SHAPE.intermediate();
+        int h = SHAPE.hidden();
+        RandomWeights source = RandomWeights.of(SHAPE, 3);
+        ByteBuffer gate = memory((int) type.rowBytes(h) * i * 5);
+        ByteBuffer up = memory(gate.capacity());
+        ByteBuffer down = memory((int) type.rowBytes(i) * h * 5);
+        for (int e = 0; e < 5; e++) {
+            encode(gate, type, values(source.expert(e).gate()));
+            encode(up, type, values(source.expert(e).up()));
+            encode(down, type, values(source.expert(e).down()));
+        }
+        Batch batch = Harness.random(SHAPE, 7, 11);
+        LayerWeights weights =
+                EngineWeightsExample.gguf(SHAPE, type, gate.flip(), up.flip(), down.flip());
+        assertThat(run(weights, batch)).isDeepEqualTo(run(decoded(source, type), batch));
     }
 
     @Test

@@ -93,6 +93,8 @@ public enum Call {
     STREAM_END_CAPTURE("cuStreamEndCapture"),
     /** Orders a stream after an event. */
     STREAM_WAIT_EVENT("cuStreamWaitEvent"),
+    /** What this thread may do while streams are captured. */
+    THREAD_EXCHANGE_CAPTURE_MODE("cuThreadExchangeStreamCaptureMode"),
     /** Makes a graph executable. */
     GRAPH_INSTANTIATE("cuGraphInstantiate", Effect.ALLOCATES),
     /** Brings an executable graph to the device. */

@@ -393,6 +393,12 @@ public final class CheckedDriver implements Driver {
     }
 
     @Override
+    public Scope relaxCapture() {
+        guard(Call.THREAD_EXCHANGE_CAPTURE_MODE);
+        return driver.relaxCapture();
+    }
+
+    @Override
     public long graphInstantiate(long graph) {
         guard(Call.GRAPH_INSTANTIATE);
         return driver.graphInstantiate(graph);

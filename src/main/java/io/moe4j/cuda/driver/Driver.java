@@ -173,6 +173,13 @@ public interface Driver {
     /** Ends a capture on the thread that began it and returns the graph. */
     long streamEndCapture(long stream);
 
+    /**
+     * Until the scope closes, this thread may make the calls that a capture forbids. They run at
+     * once and become no part of a graph; they must not touch a stream that is captured, nor the
+     * legacy default stream. Close it on the same thread.
+     */
+    Scope relaxCapture();
+
     // ------------------------------------------------------------------ graphs
 
     /** Makes a graph executable. <i>Allocates.</i> */

@@ -31,6 +31,7 @@ final class NativeDriver implements Driver {
     private static final int HOST_ALLOC_PORTABLE_DEVICEMAP = 0x01 | 0x02;
     private static final int STREAM_NON_BLOCKING = 1;
     private static final int CAPTURE_THREAD_LOCAL = 1;
+    private static final int CAPTURE_RELAXED = 2;
     private static final int CAPTURE_STATUS_NONE = 0;
     private static final int EVENT_DISABLE_TIMING = 2;
     private static final int IPC_LAZY_ENABLE_PEER_ACCESS = 1;
@@ -538,6 +539,21 @@ final class NativeDriver implements Driver {
     }
 
     // ------------------------------------------------------------------ graphs
+
+    @Override
+    public Scope relaxCapture() {
+        int before = exchangeCaptureMode(CAPTURE_RELAXED);
+        return () -> exchangeCaptureMode(before);
+    }
+
+    private static int exchangeCaptureMode(int mode) {
+        int[] inOut = {mode};
+        check(
+                Call.THREAD_EXCHANGE_CAPTURE_MODE,
+                "",
+                () -> JCudaDriver.cuThreadExchangeStreamCaptureMode(inOut));
+        return inOut[0];
+    }
 
     @Override
     public long graphInstantiate(long graph) {

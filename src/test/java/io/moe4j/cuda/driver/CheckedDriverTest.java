@@ -138,6 +138,7 @@ class CheckedDriverTest {
                     "streamIsCapturing",
                     "streamBeginCapture",
                     "streamEndCapture",
+                    "relaxCapture",
                     "graphLaunch",
                     "graphNodeCount",
                     "eventRecord",

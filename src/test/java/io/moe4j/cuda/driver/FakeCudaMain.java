@@ -124,6 +124,10 @@ public final class FakeCudaMain {
         driver.streamSynchronize(stream);
         CudaException lost = fails(719, () -> driver.streamSynchronize(0xdead));
         same(true, lost.poisonsContext(), "719 poisons");
+        try (Scope relaxed = driver.relaxCapture();
+                Scope again = driver.relaxCapture()) {
+            driver.streamSynchronize(stream);
+        }
         driver.eventDestroy(event);
         driver.eventDestroy(quick);
         driver.streamDestroy(stream);
