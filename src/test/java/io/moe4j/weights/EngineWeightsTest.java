@@ -14,10 +14,7 @@ import io.moe4j.model.ExpertWeights;
 import io.moe4j.model.LayerWeights;
 import io.moe4j.model.MoeShape;
 import io.moe4j.model.RandomWeights;
-import io.moe4j.model.WeightMatrix;
-import io.moe4j.tensor.Bf16;
 import io.moe4j.tensor.DType;
-import io.moe4j.tensor.Fp16;
 import java.nio.ByteBuffer;
 import java.nio.ByteOrder;
 import java.util.ArrayList;
@@ -80,11 +77,13 @@ class EngineWeightsTest {
         }
         EngineTensor tensor = EngineTensor.of(memory.flip(), GgufType.F32, 2, 4, 3);
         assertThat(tensor).hasToString("F32[2, 4, 3]");
-        assertThat(values(tensor.matrix(1)))
+        assertThat(GgufWriter.values(tensor.matrix(1)))
                 .containsExactly(12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23);
-        assertThat(values(tensor.matrix(0, 0, 1, 2))).containsExactly(0, 1, 2, 3, 4, 5);
-        assertThat(values(tensor.matrix(1, 2, 1, 2))).containsExactly(18, 19, 20, 21, 22, 23);
-        assertThat(values(tensor.matrix(0, 1, 2, 2))).containsExactly(3, 4, 5, 9, 10, 11);
+        assertThat(GgufWriter.values(tensor.matrix(0, 0, 1, 2))).containsExactly(0, 1, 2, 3, 4, 5);
+        assertThat(GgufWriter.values(tensor.matrix(1, 2, 1, 2)))
+                .containsExactly(18, 19, 20, 21, 22, 23);
+        assertThat(GgufWriter.values(tensor.matrix(0, 1, 2, 2)))
+                .containsExactly(3, 4, 5, 9, 10, 11);
     }
 
     @ParameterizedTest
@@ -144,9 +143,9 @@ class EngineWeightsTest {
         ByteBuffer up = memory(gate.capacity());
         ByteBuffer down = memory((int) type.rowBytes(i) * h * 5);
         for (int e = 0; e < 5; e++) {
-            encode(gate, type, values(source.expert(e).gate()));
-            encode(up, type, values(source.expert(e).up()));
-            encode(down, type, values(source.expert(e).down()));
+            GgufWriter.encode(gate, type, GgufWriter.values(source.expert(e).gate()));
+            GgufWriter.encode(up, type, GgufWriter.values(source.expert(e).up()));
+            GgufWriter.encode(down, type, GgufWriter.values(source.expert(e).down()));
         }
         Batch batch = Harness.random(SHAPE, 7, 11);
         LayerWeights weights =
@@ -222,7 +221,8 @@ class EngineWeightsTest {
         assertThat(weights.routerBias()).isEqualTo(source.routerBias());
         assertThat(weights.correctionBias()).isEqualTo(source.correctionBias());
         assertThat(weights.sharedExpertGate()).isEqualTo(source.sharedExpertGate());
-        assertThat(values(weights.router())).isEqualTo(values(source.router()));
+        assertThat(GgufWriter.values(weights.router()))
+                .isEqualTo(GgufWriter.values(source.router()));
         assertThat(weights.sharedExpert().gate().rows()).isEqualTo(32);
         assertThatThrownBy(() -> weights.expert(5)).isInstanceOf(IndexOutOfBoundsException.class);
     }
@@ -237,14 +237,15 @@ class EngineWeightsTest {
         ByteBuffer gateUp = memory((int) type.rowBytes(h) * 2 * i * e);
         ByteBuffer down = memory((int) type.rowBytes(i) * h * e);
         for (int expert = 0; expert < e; expert++) {
-            float[] gate = values(source.expert(expert).gate());
-            float[] up = values(source.expert(expert).up());
+            float[] gate = GgufWriter.values(source.expert(expert).gate());
+            float[] up = GgufWriter.values(source.expert(expert).up());
             for (int row = 0; row < 2 * i; row++) {
                 boolean fromGate = interleaved ? row % 2 == 0 : row < i;
                 int at = (interleaved ? row / 2 : row % i) * h;
-                encode(gateUp, type, Arrays.copyOfRange(fromGate ? gate : up, at, at + h));
+                GgufWriter.encode(
+                        gateUp, type, Arrays.copyOfRange(fromGate ? gate : up, at, at + h));
             }
-            encode(down, type, values(source.expert(expert).down()));
+            GgufWriter.encode(down, type, GgufWriter.values(source.expert(expert).down()));
         }
         EngineTensor both = EngineTensor.of(gateUp.flip(), type, e, 2 * i, h);
         EngineTensor downs = EngineTensor.of(down.flip(), type, e, h, i);
@@ -270,58 +271,10 @@ class EngineWeightsTest {
                         "arrays",
                         e ->
                                 ExpertWeights.of(
-                                        round(source.expert(e).gate(), type),
-                                        round(source.expert(e).up(), type),
-                                        round(source.expert(e).down(), type)))
+                                        GgufWriter.round(source.expert(e).gate(), type),
+                                        GgufWriter.round(source.expert(e).up(), type),
+                                        GgufWriter.round(source.expert(e).down(), type)))
                 .build();
-    }
-
-    private static WeightMatrix round(WeightMatrix matrix, GgufType type) {
-        float[] values = values(matrix);
-        for (int i = 0; i < values.length; i++) {
-            values[i] =
-                    switch (type) {
-                        case F32 -> values[i];
-                        case F16 -> Fp16.toFloat(Fp16.fromFloat(values[i]));
-                        case BF16 -> Bf16.toFloat(Bf16.fromFloat(values[i]));
-                        case Q8_0 -> values[i];
-                    };
-        }
-        if (type == GgufType.Q8_0) {
-            for (int block = 0; block < values.length; block += 32) {
-                float scale = scale(values, block);
-                for (int i = block; i < block + 32; i++) {
-                    values[i] = Math.round(values[i] / scale) * scale;
-                }
-            }
-        }
-        return WeightMatrix.of(values, matrix.rows(), matrix.cols());
-    }
-
-    private static void encode(ByteBuffer to, GgufType type, float[] values) {
-        for (int i = 0; i < values.length; i++) {
-            switch (type) {
-                case F32 -> to.putFloat(values[i]);
-                case F16 -> to.putShort(Fp16.fromFloat(values[i]));
-                case BF16 -> to.putShort(Bf16.fromFloat(values[i]));
-                case Q8_0 -> {
-                    float scale = scale(values, i - i % 32);
-                    if (i % 32 == 0) {
-                        to.putShort(Fp16.fromFloat(scale));
-                    }
-                    to.put((byte) Math.round(values[i] / scale));
-                }
-            }
-        }
-    }
-
-    /** The scale of a block, as GGUF tools choose it: largest magnitude / 127, in binary16. */
-    private static float scale(float[] values, int block) {
-        float largest = 0;
-        for (int i = block; i < block + 32; i++) {
-            largest = Math.max(largest, Math.abs(values[i]));
-        }
-        return Fp16.toFloat(Fp16.fromFloat(largest / 127));
     }
 
     private static float[][] run(LayerWeights weights, Batch batch) {
@@ -343,13 +296,7 @@ class EngineWeightsTest {
     }
 
     private static float[] values(EngineTensor tensor) {
-        return values(tensor.matrix());
-    }
-
-    private static float[] values(WeightMatrix matrix) {
-        float[] values = new float[matrix.rows() * matrix.cols()];
-        matrix.read(values);
-        return values;
+        return GgufWriter.values(tensor.matrix());
     }
 
     private static float[] flat(float[][] rows) {
