@@ -7,6 +7,7 @@ GPU_BUNDLE ?= target/gpu-bundle
 gpu-bundle: kernels ## pack JVM, jars and GPU tests into target/moe4j-gpu-bundle.tar.xz
 	@$(MVN) -B -q -DskipTests package
 	@! command -v $(NVCC) > /dev/null || $(MAKE) -s step-test
+	@$(MAKE) -s engines-test ENGINES_GOAL="-q test-compile"
 	@MVN="$(MVN)" sh src/main/bundle/build-bundle.sh $(GPU_BUNDLE)
 
 gpu-test: kernels ## run the tests that need a GPU (skipped, with the reason, where there is none)

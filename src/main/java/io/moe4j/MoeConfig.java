@@ -25,7 +25,8 @@ import java.util.Locale;
  * @param threads CPU backend: worker threads
  * @param handles steps that may be in flight at once; each handle has its own buffers and epochs
  * @param cudaContext CUDA: the CUcontext of an engine that the layer works in, which the engine
- *     owns and keeps until the layer is closed; 0 for the primary context of the device
+ *     owns and keeps until the layer is closed; 0 for the primary context of the device; the CPU
+ *     backend ignores it
  * @param weights where the weights come from; null for planning only
  */
 public record MoeConfig(

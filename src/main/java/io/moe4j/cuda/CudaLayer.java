@@ -304,7 +304,8 @@ final class CudaLayer implements MoeLayer {
                 () -> {
                     requirePrepared();
                     for (int rank = 0; rank < ranks.size(); rank++) {
-                        try {
+                        try (Scope scope = context.enter();
+                                Scope relaxed = context.driver().relaxCapture()) {
                             requireReachable(ranks.get(rank));
                         } catch (IllegalArgumentException e) {
                             throw new IllegalStateException(

@@ -89,6 +89,13 @@ class EngineRecordingTest extends EngineContract {
     }
 
     @Test
+    void shouldKeepTheContextInACopyOfTheConfiguration() {
+        MoeConfig config = config().cudaContext(77).build();
+        assertThat(config.toBuilder().build()).isEqualTo(config);
+        assertThat(config().build().cudaContext()).isZero();
+    }
+
+    @Test
     void shouldNameAContextThatDoesNotLive() {
         assertThatThrownBy(() -> open(config().cudaContext(0x77).build()))
                 .isInstanceOf(IllegalArgumentException.class)

@@ -31,16 +31,17 @@ final class JlamaWeights {
                         "Jlama's tensors " + block + "*",
                         e ->
                                 ExpertWeights.of(
-                                        matrix(weights, block + "experts." + e + ".w1.weight"),
-                                        matrix(weights, block + "experts." + e + ".w3.weight"),
-                                        matrix(weights, block + "experts." + e + ".w2.weight")))
-                .router(matrix(weights, block + "gate.weight"))
+                                        matrix(weights.load(block + "experts." + e + ".w1.weight")),
+                                        matrix(weights.load(block + "experts." + e + ".w3.weight")),
+                                        matrix(
+                                                weights.load(
+                                                        block + "experts." + e + ".w2.weight"))))
+                .router(matrix(weights.load(block + "gate.weight")))
                 .build();
     }
 
     /** A tensor of Jlama's: its own memory for plain types, element by element for others. */
-    static WeightMatrix matrix(WeightLoader weights, String name) {
-        AbstractTensor tensor = weights.load(name);
+    static WeightMatrix matrix(AbstractTensor tensor) {
         int rows = tensor.shape().first();
         int cols = tensor.shape().last();
         GgufType type =

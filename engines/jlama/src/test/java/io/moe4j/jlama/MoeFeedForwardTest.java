@@ -5,15 +5,18 @@ import static org.assertj.core.api.Assertions.assertThatThrownBy;
 
 import com.github.tjake.jlama.math.ActivationFunction;
 import com.github.tjake.jlama.model.MoEBlock;
+import com.github.tjake.jlama.model.functions.FeedForward;
 import com.github.tjake.jlama.safetensors.DType;
 import com.github.tjake.jlama.tensor.AbstractTensor;
 import com.github.tjake.jlama.tensor.FloatBufferTensor;
+import com.github.tjake.jlama.tensor.Q8ByteBufferTensor;
 import io.moe4j.MoeConfig;
 import io.moe4j.RoutingInput;
 import io.moe4j.checker.Float64Oracle;
 import io.moe4j.checker.ReferenceCase;
 import io.moe4j.checker.Routing;
 import io.moe4j.checker.TokenErrors;
+import io.moe4j.model.WeightMatrix;
 import io.moe4j.weights.Checkpoint;
 import java.nio.file.Path;
 import java.util.Arrays;
@@ -86,6 +89,33 @@ class MoeFeedForwardTest {
                 assertThat(errors.max()).isLessThan(1e-5);
             }
         }
+    }
+
+    /** As in a model that Jlama quantised: activations and weights of 8 bits with scales. */
+    @Test
+    void shouldTakeQuantisedTensorsByTheirValues() {
+        for (ReferenceCase golden : Golden.cases()) {
+            AbstractTensor x =
+                    new Q8ByteBufferTensor(
+                            Golden.tensor(DType.F32, golden.hidden(), golden.tokens()));
+            float[] rounded = ReferenceBlock.floats(x);
+            assertThat(rounded).isNotEqualTo(golden.hidden());
+            double[] want = oracle(golden).expect(golden.layer(), rounded, golden.tokens()).full();
+            FeedForward block = moe.blocks().get(golden.layer());
+            try (AbstractTensor y = block.forward(x, Optional.empty())) {
+                float[] got = ReferenceBlock.floats(y);
+                assertThat(TokenErrors.of(got, want, golden.tokens(), H).max()).isLessThan(1e-5);
+            }
+        }
+        AbstractTensor weight =
+                new Q8ByteBufferTensor(
+                        Golden.tensor(DType.F32, Golden.cases().get(2).hidden(), 37));
+        WeightMatrix matrix = JlamaWeights.matrix(weight);
+        float[] read = new float[37 * H];
+        matrix.read(read);
+        assertThat(matrix.rows()).isEqualTo(37);
+        assertThat(matrix.cols()).isEqualTo(H);
+        assertThat(read).isEqualTo(ReferenceBlock.floats(weight));
     }
 
     @Test
