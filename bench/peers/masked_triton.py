@@ -23,7 +23,7 @@ def _tile(tile, idx, start, end, blocks, last, n_tiles, BM: tl.constexpr):
     return row, row_end, local // m_blocks, expert
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["experts"])
 def gate_up_silu(
     y, x, w, ends, experts, hidden, inter,
     EXPERTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -57,7 +57,7 @@ def gate_up_silu(
         tl.store(at, out.to(y.dtype.element_ty), mask=rows[:, None] < row_end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["experts"])
 def down(
     y, x, w, ends, experts, inner, outer,
     EXPERTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,

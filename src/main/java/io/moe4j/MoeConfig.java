@@ -27,6 +27,8 @@ import java.util.Locale;
  * @param cudaContext CUDA: the CUcontext of an engine that the layer works in, which the engine
  *     owns and keeps until the layer is closed; 0 for the primary context of the device; the CPU
  *     backend ignores it
+ * @param expectedRowsPerExpert rows one expert gets in a usual step, for the choice of kernels; 0:
+ *     those of a full step that is routed evenly. Results do not depend on it
  * @param weights where the weights come from; null for planning only
  */
 public record MoeConfig(
@@ -44,6 +46,7 @@ public record MoeConfig(
         int threads,
         int handles,
         long cudaContext,
+        int expectedRowsPerExpert,
         LayerWeights weights) {
     /** Most ranks in one group. */
     public static final int MAX_RANKS = 64;
@@ -87,6 +90,11 @@ public record MoeConfig(
         require(
                 handles >= 1 && handles <= 16,
                 "handles=" + handles + " is outside 1..16: one per step in flight");
+        require(
+                expectedRowsPerExpert >= 0,
+                "expectedRowsPerExpert="
+                        + expectedRowsPerExpert
+                        + " is negative: give 0 for those of a full, evenly routed step");
         if (weights != null) {
             require(
                     weights.shape().equals(shape),
@@ -124,6 +132,7 @@ public record MoeConfig(
         builder.threads = threads;
         builder.handles = handles;
         builder.cudaContext = cudaContext;
+        builder.expectedRowsPerExpert = expectedRowsPerExpert;
         builder.weights = weights;
         return builder;
     }
@@ -171,6 +180,7 @@ public record MoeConfig(
         private int threads = Runtime.getRuntime().availableProcessors();
         private int handles = 1;
         private long cudaContext;
+        private int expectedRowsPerExpert;
         private LayerWeights weights;
 
         private Builder() {}
@@ -273,6 +283,17 @@ public record MoeConfig(
         }
 
         /**
+         * Rows one expert gets in a usual step. If not set, those of a full step that is routed
+         * evenly: R · M · K / E. Set it where a usual step is far from that, for example if M is
+         * that of a prefill but most steps decode. Kernels are chosen by it; results do not depend
+         * on it.
+         */
+        public Builder expectedRowsPerExpert(int value) {
+            expectedRowsPerExpert = value;
+            return this;
+        }
+
+        /**
          * Validates and returns the configuration.
          *
          * @throws IllegalArgumentException naming field, value and cure
@@ -293,6 +314,7 @@ public record MoeConfig(
                     threads,
                     handles,
                     cudaContext,
+                    expectedRowsPerExpert,
                     weights);
         }
     }

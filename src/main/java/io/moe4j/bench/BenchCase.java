@@ -32,9 +32,9 @@ public record BenchCase(
         Map<String, Map<String, Double>> peersUs) {
     /** Checks what a step could not do. */
     public BenchCase {
-        if (hidden < 1 || intermediate < 1 || topK < 1 || ep < 1 || tokens < 1) {
+        if (hidden < 1 || intermediate < 1 || experts < 1 || topK < 1 || ep < 1 || tokens < 1) {
             throw new IllegalArgumentException(
-                    "case " + number + ": sizes, topK, ep and tokens must be positive");
+                    "case " + number + ": sizes, experts, topK, ep and tokens must be positive");
         }
         long most = (long) ep * tokens;
         for (int count : counts) {
@@ -68,6 +68,14 @@ public record BenchCase(
     /** Tokens over all ranks: the most an expert can get. */
     public int allTokens() {
         return Math.multiplyExact(ep, tokens);
+    }
+
+    /**
+     * Rows an expert of the whole group expects when routing is even, rounded up: what a rank of
+     * that group would choose its kernels by.
+     */
+    public int expectedRows() {
+        return Math.toIntExact(((long) ep * tokens * topK + experts - 1) / experts);
     }
 
     /**

@@ -68,6 +68,7 @@ public record BenchReport(
                     "run_peer_us",
                     "faster_than_run_peer",
                     "error",
+                    "kernels",
                     "gpu",
                     "commit");
 
@@ -94,11 +95,14 @@ public record BenchReport(
         }
     }
 
-    /** For programs, and for --compare; with peers of the run also the {@link Summary}. */
+    /**
+     * For programs, and for --compare; with peers or a dense product of the run also the {@link
+     * Summary}.
+     */
     public String toJson() {
         ObjectMapper mapper = new ObjectMapper().enable(SerializationFeature.INDENT_OUTPUT);
         ObjectNode tree = mapper.valueToTree(this);
-        if (peers != null) {
+        if (Summary.fits(this)) {
             tree.set("summary", mapper.valueToTree(Summary.of(this)));
         }
         try {
@@ -148,6 +152,7 @@ public record BenchReport(
                 r.runPeerUs(),
                 r.fasterThanRunPeer(),
                 r.error(),
+                r.kernels(),
                 environment.getOrDefault("gpu", ""),
                 environment.getOrDefault("commit", "")
             };
@@ -228,7 +233,7 @@ public record BenchReport(
             }
             text.append(" |\n");
         }
-        if (peers != null) {
+        if (Summary.fits(this)) {
             text.append('\n');
             Summary.of(this).lines().forEach(line -> text.append(line).append('\n'));
         }

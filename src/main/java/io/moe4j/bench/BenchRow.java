@@ -43,6 +43,7 @@ import java.util.Map;
  * @param runPeerUs its median
  * @param fasterThanRunPeer peer / median
  * @param runPeersUs all peers measured beside this run
+ * @param kernels what was timed, in order
  */
 @JsonInclude(JsonInclude.Include.NON_NULL)
 public record BenchRow(
@@ -82,7 +83,8 @@ public record BenchRow(
         String runPeer,
         Double runPeerUs,
         Double fasterThanRunPeer,
-        Map<String, Double> runPeersUs) {
+        Map<String, Double> runPeersUs,
+        String kernels) {
     /** This row beside peers that were measured in the same run, by name; at least one. */
     BenchRow withRunPeers(Map<String, Double> us) {
         Map.Entry<String, Double> best =
@@ -124,7 +126,65 @@ public record BenchRow(
                 best.getKey(),
                 best.getValue(),
                 best.getValue() / medianUs,
-                us);
+                us,
+                kernels);
+    }
+
+    /** This row with the kernels that were timed. */
+    BenchRow withKernels(String names) {
+        return new BenchRow(
+                bench,
+                number,
+                model,
+                hidden,
+                intermediate,
+                experts,
+                topK,
+                ep,
+                tokens,
+                routing,
+                stage,
+                backend,
+                mode,
+                cache,
+                weightSets,
+                rows,
+                hitExperts,
+                medianUs,
+                p20Us,
+                p80Us,
+                samples,
+                tflops,
+                gbPerS,
+                floorUs,
+                timesFloor,
+                baseline,
+                baselineUs,
+                fasterThanBaseline,
+                peer,
+                peerUs,
+                fasterThanPeer,
+                peersUs,
+                error,
+                runPeer,
+                runPeerUs,
+                fasterThanRunPeer,
+                runPeersUs,
+                names);
+    }
+
+    /** Name of the fastest peer, measured beside this run or recorded; null if there is none. */
+    String fastestPeer() {
+        return runPeerIsFastest() ? runPeer : peer;
+    }
+
+    /** Time of the {@link #fastestPeer}; null if there is none. */
+    Double fastestPeerUs() {
+        return runPeerIsFastest() ? runPeerUs : peerUs;
+    }
+
+    private boolean runPeerIsFastest() {
+        return runPeerUs != null && (peerUs == null || runPeerUs <= peerUs);
     }
 
     /** Whether it is one of the {@link Prefill} rows. */

@@ -16,14 +16,21 @@ import io.moe4j.model.MoeShape;
 import io.moe4j.model.RandomWeights;
 import java.util.ArrayList;
 import java.util.Arrays;
+import java.util.Comparator;
 import java.util.List;
+import java.util.Map;
+import java.util.Optional;
 import java.util.function.IntFunction;
+import java.util.stream.Stream;
 
 /**
  * The experts phase of one rank over counts that only the device knows: the chain, and on CUDA each
  * product alone. Rows are put in place by a real step; then the phase runs again and again on them.
  */
 public final class ExpertsBench {
+    /** Edge of the dense product. */
+    static final int DENSE = 8192;
+
     private final BenchOptions options;
     private final List<String> notes = new ArrayList<>();
 
@@ -48,7 +55,21 @@ public final class ExpertsBench {
         return rows;
     }
 
-    private MoeConfig config(BenchCase benchCase, RandomWeights vectors) {
+    /**
+     * Measures all cases, and a dense product before and after them: the faster one becomes the
+     * last row, because what a long run does to the clocks must not make our share look better.
+     */
+    public List<BenchRow> runBesideDense(List<BenchCase> cases) {
+        Optional<BenchRow> before = dense();
+        List<BenchRow> rows = run(cases);
+        Optional<BenchRow> after = before.isPresent() ? dense() : before;
+        Stream.concat(before.stream(), after.stream())
+                .min(Comparator.comparingDouble(BenchRow::medianUs))
+                .ifPresent(rows::add);
+        return rows;
+    }
+
+    MoeConfig config(BenchCase benchCase, RandomWeights vectors) {
         Activation activation =
                 ModelPreset.find(benchCase.model())
                         .map(ModelPreset::activation)
@@ -57,11 +78,12 @@ public final class ExpertsBench {
                 .weights(vectors)
                 .activation(activation)
                 .maxTokensPerRank(benchCase.allTokens())
+                .expectedRowsPerExpert(benchCase.expectedRows())
                 .backend(options.backend())
                 .build();
     }
 
-    private RandomWeights vectors(BenchCase benchCase) {
+    RandomWeights vectors(BenchCase benchCase) {
         MoeShape local =
                 MoeShape.of(
                         benchCase.hidden(),
@@ -150,16 +172,18 @@ public final class ExpertsBench {
                 Sample sample = timer.time(rounds -> work(probe, steps, part, rounds), rotating);
                 rows.add(
                         Rows.row(
-                                "experts",
-                                benchCase,
-                                stage,
-                                options,
-                                rotating,
-                                sample,
-                                cost(benchCase, stage),
-                                options.baseline(),
-                                baseline.us(part, rotating),
-                                error));
+                                        "experts",
+                                        benchCase,
+                                        stage,
+                                        options,
+                                        rotating,
+                                        sample,
+                                        cost(benchCase, stage),
+                                        options.baseline(),
+                                        baseline.us(part, rotating),
+                                        error)
+                                .withKernels(
+                                        String.join(" ", CudaProbe.kernels(steps.get(0), part))));
             }
         }
         return rows;
@@ -213,24 +237,7 @@ public final class ExpertsBench {
             if (cublas == null) {
                 return null;
             }
-            Sample sample =
-                    timer.time(
-                            rounds -> {
-                                CudaProbe.Replay replay = cublas.capture(part, sets, rounds);
-                                return new CudaTimer.Work() {
-                                    @Override
-                                    public void enqueue() {
-                                        replay.launch();
-                                    }
-
-                                    @Override
-                                    public void close() {
-                                        replay.close();
-                                    }
-                                };
-                            },
-                            sets);
-            return sample.medianUs();
+            return timer.time(rounds -> replay(cublas, part, sets, rounds), sets).medianUs();
         }
 
         @Override
@@ -239,6 +246,66 @@ public final class ExpertsBench {
                 cublas.close();
             }
         }
+    }
+
+    /**
+     * One dense product of {@link #DENSE}³ by cuBLAS, beside which prefill is judged; nothing on
+     * the CPU, or where cuBLAS cannot be used.
+     */
+    private Optional<BenchRow> dense() {
+        if (!options.backend().equals("cuda")) {
+            return Optional.empty();
+        }
+        // as gate/up of one expert: [N, H] · [2·I, H]ᵀ with N = H = 2·I
+        BenchCase square =
+                new BenchCase(
+                        0,
+                        "dense",
+                        DENSE,
+                        DENSE / 2,
+                        1,
+                        1,
+                        1,
+                        DENSE,
+                        "uniform",
+                        new int[] {DENSE},
+                        Map.of());
+        try (CudaProbe probe = new CudaProbe();
+                CudaProbe.Cublas cublas = probe.cublas(square.counts(), DENSE, DENSE / 2, 1)) {
+            CudaTimer timer = new CudaTimer(probe, options.sampleMs());
+            Sample sample = timer.time(rounds -> replay(cublas, Part.GATE_UP, 1, rounds), 1);
+            return Optional.of(
+                    Rows.row(
+                                    "dense",
+                                    square,
+                                    Stage.DENSE,
+                                    options,
+                                    1,
+                                    sample,
+                                    cost(square, Stage.G1),
+                                    null,
+                                    null,
+                                    null)
+                            .withKernels("cuBLAS " + cublas.version()));
+        } catch (BackendUnavailableException e) {
+            notes.add("no dense product: " + e.getMessage());
+            return Optional.empty();
+        }
+    }
+
+    private static CudaTimer.Work replay(CudaProbe.Cublas cublas, Part part, int sets, int rounds) {
+        CudaProbe.Replay replay = cublas.capture(part, sets, rounds);
+        return new CudaTimer.Work() {
+            @Override
+            public void enqueue() {
+                replay.launch();
+            }
+
+            @Override
+            public void close() {
+                replay.close();
+            }
+        };
     }
 
     private static Part part(Stage stage) {

@@ -14,8 +14,9 @@ import java.util.List;
 import java.util.Map;
 
 /**
- * What the host spends on a step: enqueueing all its kernels, and launching it as a graph. The
- * layer is small, because host time does not depend on its size.
+ * What a caller waits for besides the device: a cold start, and what the host spends on a step,
+ * enqueueing all its kernels or launching it as a graph. That layer is small, because host time
+ * does not depend on its size.
  */
 public final class LaunchBench {
     private static final MoeShape SHAPE = MoeShape.of(1024, 256, 32, 8);
@@ -31,8 +32,9 @@ public final class LaunchBench {
         this.options = options;
     }
 
-    /** Measures both ways with {@code ranks} virtual ranks. */
+    /** Measures all three with {@code ranks} virtual ranks; cold if CUDA was not used before. */
     public List<BenchRow> run(int ranks) {
+        ColdStart cold = ColdStart.measure(ranks, options.seed());
         RandomWeights vectors = RandomWeights.of(SHAPE, options.seed());
         MoeConfig config =
                 MoeConfig.builder()
@@ -79,6 +81,17 @@ public final class LaunchBench {
             layers.runAll();
             options.progress().progress(1, 1);
             return List.of(
+                    Rows.row(
+                            "launch",
+                            cold.ran(),
+                            Stage.COLD_START,
+                            eager,
+                            1,
+                            Sample.of(new double[] {cold.us()}, 1),
+                            null,
+                            null,
+                            null,
+                            cold.error()),
                     Rows.row(
                             "launch",
                             ran,

@@ -18,6 +18,7 @@ public final class Machine {
                 facts.put("cuda", probe.driverCuda());
                 facts.put("sm clock of the device at most", probe.maxSmClockMhz() + " MHz");
                 facts.put("kernels", probe.kernels());
+                facts.put("PDL", probe.pdl());
                 Environment.addNvidiaSmi(facts, probe.pciBusId());
             }
         }

@@ -60,6 +60,7 @@ final class Rows {
                 null,
                 null,
                 null,
+                null,
                 null);
     }
 

@@ -10,6 +10,10 @@ public enum Stage {
     CHAIN("ch"),
     /** The whole step, router to combine. */
     STEP("step"),
+    /** One dense 8192³ product by cuBLAS, which prefill is compared with. */
+    DENSE("dense"),
+    /** From opening a layer to its first output on the host, in a fresh process. */
+    COLD_START("cold_start"),
     /** Host time of enqueueing a whole step. */
     HOST_ENQUEUE("enqueue"),
     /** Host time of launching a graph of a whole step. */

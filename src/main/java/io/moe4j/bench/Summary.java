@@ -8,13 +8,14 @@ import java.util.function.ToDoubleFunction;
 import java.util.stream.Collectors;
 
 /**
- * How a report stands against its floors and the peers of its run.
+ * How a report stands against its floors and its peers: of each row the fastest one counts, whether
+ * it was measured in the same run or is recorded in the case file.
  *
  * @param stages per stage, without prefill
  * @param slower rows slower than the fastest peer
  * @param opportunities rows of the chain where the fastest peer needs more than {@link
  *     #FAR_FROM_FLOOR} of the floor
- * @param prefill rows of prefill beside the dense product
+ * @param prefill rows of prefill beside the dense product: ours by cuBLAS, else that of the peers
  */
 public record Summary(
         List<StageMeans> stages,
@@ -59,10 +60,10 @@ public record Summary(
                     row.label(),
                     row.stage(),
                     row.medianUs(),
-                    row.runPeer(),
-                    row.runPeerUs(),
-                    row.fasterThanRunPeer(),
-                    row.runPeerUs() / row.floorUs());
+                    row.fastestPeer(),
+                    row.fastestPeerUs(),
+                    row.fastestPeerUs() / row.medianUs(),
+                    row.fastestPeerUs() / row.floorUs());
         }
     }
 
@@ -77,10 +78,24 @@ public record Summary(
     @JsonInclude(JsonInclude.Include.NON_NULL)
     public record DenseShare(String label, String stage, double tflops, Double ofDense) {}
 
+    /** Whether there is something to compare a report with: peers or a dense product of its run. */
+    static boolean fits(BenchReport report) {
+        return report.peers() != null || denseTflops(report) != null;
+    }
+
+    private static Double denseTflops(BenchReport report) {
+        for (BenchRow row : report.rows()) {
+            if (row.stage().equals(Stage.DENSE.id())) {
+                return row.tflops();
+            }
+        }
+        return report.peers() == null ? null : report.peers().denseTflops();
+    }
+
     /** The summary of a report whose rows have floors. */
     public static Summary of(BenchReport report) {
         List<BenchRow> rows = report.rows().stream().filter(r -> r.floorUs() != null).toList();
-        List<BenchRow> beside = rows.stream().filter(r -> r.runPeer() != null).toList();
+        List<BenchRow> beside = rows.stream().filter(r -> r.fastestPeer() != null).toList();
         List<StageMeans> means = new ArrayList<>();
         for (Stage stage : List.of(Stage.CHAIN, Stage.G1, Stage.G2)) {
             List<BenchRow> mine =
@@ -91,28 +106,28 @@ public record Summary(
                 means.add(means(stage, mine));
             }
         }
-        Double dense = report.peers() == null ? null : report.peers().denseTflops();
+        Double dense = denseTflops(report);
         return new Summary(
                 means,
                 beside.stream()
-                        .filter(row -> row.fasterThanRunPeer() < 1)
+                        .filter(row -> row.fastestPeerUs() < row.medianUs())
                         .map(Standing::of)
                         .toList(),
                 beside.stream()
                         .filter(row -> row.stage().equals(Stage.CHAIN.id()))
-                        .filter(row -> row.runPeerUs() > FAR_FROM_FLOOR * row.floorUs())
+                        .filter(row -> row.fastestPeerUs() > FAR_FROM_FLOOR * row.floorUs())
                         .map(Standing::of)
                         .toList(),
                 rows.stream().filter(BenchRow::isPrefill).map(r -> dense(r, dense)).toList());
     }
 
     private static StageMeans means(Stage stage, List<BenchRow> rows) {
-        List<BenchRow> beside = rows.stream().filter(row -> row.runPeer() != null).toList();
+        List<BenchRow> beside = rows.stream().filter(row -> row.fastestPeer() != null).toList();
         return new StageMeans(
                 stage.id(),
                 rows.size(),
                 geometric(rows, BenchRow::timesFloor),
-                beside.isEmpty() ? null : geometric(beside, r -> r.medianUs() / r.runPeerUs()));
+                beside.isEmpty() ? null : geometric(beside, r -> r.medianUs() / r.fastestPeerUs()));
     }
 
     private static DenseShare dense(BenchRow row, Double dense) {
@@ -141,12 +156,28 @@ public record Summary(
                                     mean.stage, mean.rows, mean.timesFloor)
                             + (mean.timesPeer == null
                                     ? ""
-                                    : text(
-                                            ", %.2f × the fastest peer of the run",
-                                            mean.timesPeer)));
+                                    : text(", %.2f × the fastest peer", mean.timesPeer)));
         }
+        if (stages.stream().anyMatch(mean -> mean.timesPeer != null)
+                || !slower.isEmpty()
+                || !opportunities.isEmpty()) {
+            addPeers(lines);
+        }
+        for (DenseShare share : prefill) {
+            lines.add(
+                    text("- %s %s: %.0f TFLOP/s", share.label, share.stage, share.tflops)
+                            + (share.ofDense == null
+                                    ? ""
+                                    : text(
+                                            ", %.0f %% of a dense 8192³ product",
+                                            100 * share.ofDense)));
+        }
+        return lines;
+    }
+
+    private void addPeers(List<String> lines) {
         lines.add(
-                "- slower than the fastest peer of the run: "
+                "- slower than the fastest peer: "
                         + listed(
                                 slower,
                                 s ->
@@ -161,16 +192,6 @@ public record Summary(
                                         text(
                                                 "%s %s at %.2f × floor, ours %.2f times as fast",
                                                 s.label, s.peer, s.peerTimesFloor, s.gain)));
-        for (DenseShare share : prefill) {
-            lines.add(
-                    text("- %s %s: %.0f TFLOP/s", share.label, share.stage, share.tflops)
-                            + (share.ofDense == null
-                                    ? ""
-                                    : text(
-                                            ", %.0f %% of a dense 8192³ product",
-                                            100 * share.ofDense)));
-        }
-        return lines;
     }
 
     private static String listed(

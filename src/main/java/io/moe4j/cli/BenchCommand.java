@@ -406,8 +406,9 @@ final class BenchCommand implements Runnable {
         @Option(
                 names = "--prefill",
                 description = {
-                    "Also times 4096 tokens of qwen3-30b-a3b and of mixtral-8x7b; without --cases"
-                            + " these alone."
+                    "Also times 4096 tokens of qwen3-30b-a3b and of mixtral-8x7b, and on CUDA a"
+                            + " dense 8192³ product by cuBLAS beside them; without --cases these"
+                            + " alone."
                 })
         private boolean prefill;
 
@@ -448,7 +449,7 @@ final class BenchCommand implements Runnable {
                 BenchOptions options = timing.options(report, baseline, progress);
                 backend = options.backend();
                 ExpertsBench bench = new ExpertsBench(options);
-                List<BenchRow> rows = bench.run(all);
+                List<BenchRow> rows = prefill ? bench.runBesideDense(all) : bench.run(all);
                 bench.notes().forEach(this::note);
                 return rows;
             }
@@ -556,7 +557,8 @@ final class BenchCommand implements Runnable {
     @Command(
             name = "launch",
             description = {
-                "What the host spends on a step of a small layer: enqueueing its kernels, and"
+                "A cold start, from opening a layer to its first output; then what the host"
+                        + " spends on a step of a small layer: enqueueing its kernels, and"
                         + " launching it as a graph. Needs a GPU."
             })
     static final class Launch extends Kind {
@@ -574,7 +576,6 @@ final class BenchCommand implements Runnable {
 
         @Override
         List<BenchRow> measure(ReportOptions report) {
-            Moe.choose("cuda");
             try (ConsoleProgress progress = new ConsoleProgress("launch")) {
                 BenchOptions options =
                         new BenchOptions(

@@ -38,6 +38,7 @@ import java.nio.ByteBuffer;
 import java.nio.ByteOrder;
 import java.util.ArrayDeque;
 import java.util.ArrayList;
+import java.util.Arrays;
 import java.util.Collections;
 import java.util.Deque;
 import java.util.IdentityHashMap;
@@ -558,6 +559,12 @@ final class CudaLayer implements MoeLayer {
         return kernels.of(Phase.EXPERTS).length;
     }
 
+    /** For benches: the kernels of the experts phase, in order. */
+    List<String> expertSymbols() {
+        requirePrepared();
+        return Arrays.stream(kernels.of(Phase.EXPERTS)).map(Kernel::symbol).toList();
+    }
+
     /**
      * For benches: launches the experts phase, or some of its kernels, on rows that an earlier step
      * left in the buffers; as often as wanted and outside the order of phases.
@@ -881,6 +888,12 @@ final class CudaLayer implements MoeLayer {
     CudaHandle handle(int handle) {
         requirePrepared();
         return handles[handle];
+    }
+
+    /** For tests: where the device has some weights. */
+    long weights(String buffer) {
+        requirePrepared();
+        return layout.weights().address(weightsBase, buffer);
     }
 
     /** Frees in reverse order; errors are added to {@code cause}. */

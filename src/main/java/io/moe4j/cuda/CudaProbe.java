@@ -104,6 +104,11 @@ public final class CudaProbe implements AutoCloseable {
         return KernelCatalog.choose(context.driver(), context.device()).description();
     }
 
+    /** How kernels that may start before their predecessor ends are launched. */
+    public String pdl() {
+        return context.driver().pdlSupport().reason();
+    }
+
     /** Free device memory in bytes. */
     public long freeBytes() {
         try (Scope scope = context.enter()) {
@@ -116,7 +121,17 @@ public final class CudaProbe implements AutoCloseable {
         return ((CudaStep) step).cudaLayer().expertKernels() == 2;
     }
 
-    /** Enqueues a part of the experts phase on rows that an earlier step left in the buffers. */
+    /** The kernels of a part of the experts phase, in order. */
+    public static List<String> kernels(BoundStep step, Part part) {
+        List<String> all = ((CudaStep) step).cudaLayer().expertSymbols();
+        int last = all.size() - 1;
+        return all.subList(part == Part.DOWN ? last : 0, part == Part.GATE_UP ? 1 : all.size());
+    }
+
+    /**
+     * Enqueues a part of the experts phase, as a step launches it, on rows that an earlier step
+     * left in the buffers.
+     */
     public void launchExperts(BoundStep step, Part part) {
         CudaStep cuda = (CudaStep) step;
         int last = cuda.cudaLayer().expertKernels() - 1;

@@ -51,6 +51,13 @@ class BenchCaseTest {
     }
 
     @Test
+    void shouldExpectTheRowsOfTheWholeGroup() throws IOException {
+        assertThat(CaseFile.read(Path.of("bench/cases.json")))
+                .extracting(BenchCase::expectedRows)
+                .containsExactly(1, 2, 4, 64, 8, 32, 256, 1, 8, 32);
+    }
+
+    @Test
     void shouldDealTheFullestStepThereIs() {
         BenchCase full = of(2, 1, 3, 3, 3);
         assertThat(RoutingPattern.counts(full.deal(2), 0, 2)).containsExactly(3, 3);

@@ -6,6 +6,7 @@ import static org.assertj.core.api.Assertions.within;
 
 import com.fasterxml.jackson.databind.JsonNode;
 import com.fasterxml.jackson.databind.ObjectMapper;
+import io.moe4j.ProgressListener;
 import java.io.IOException;
 import java.nio.file.Files;
 import java.nio.file.Path;
@@ -74,15 +75,54 @@ class PeersFileTest {
         assertThat(chain.rows()).as("without prefill").isEqualTo(2);
         assertThat(chain.timesFloor()).isCloseTo(Math.sqrt(first * second), within(1e-9));
         double ours = row(report, 1, Stage.CHAIN).medianUs() / 50;
-        double other = row(report, 10, Stage.CHAIN).medianUs() / 152.5;
+        double other = row(report, 10, Stage.CHAIN).medianUs() / 144.9; // recorded: c_dg16
         assertThat(chain.timesPeer()).isCloseTo(Math.sqrt(ours * other), within(1e-9));
         assertThat(summary.slower())
                 .extracting(Summary.Standing::label)
                 .containsExactly(
                         "case 10 qwen3-235b-a22b EP16 T256 zipf",
+                        "case 10 qwen3-235b-a22b EP16 T256 zipf",
+                        "case 10 qwen3-235b-a22b EP16 T256 zipf",
                         "case 101 qwen3-30b-a3b EP1 T4096");
+        assertThat(summary.slower())
+                .as("of the run's peers and the recorded ones the fastest")
+                .extracting(Summary.Standing::peer)
+                .containsExactly("dg16", "dg16", "c_dg16", "torch_grouped_mm");
         assertThat(summary.opportunities()).hasSize(3);
         assertThat(summary.prefill().get(0).ofDense()).isCloseTo(309.24 / 700, within(1e-4));
+    }
+
+    @Test
+    void shouldComparePrefillWithTheDenseProductOfItsOwnRun() throws IOException {
+        BenchReport report = report();
+        BenchRow prefill = row(report, 101, Stage.CHAIN);
+        BenchCase square =
+                new BenchCase(
+                        0,
+                        "dense",
+                        8192,
+                        4096,
+                        1,
+                        1,
+                        1,
+                        8192,
+                        "uniform",
+                        new int[] {8192},
+                        Map.of());
+        Cost cost = Cost.experts(Stage.G1, 8192, 4096, 8192, 1);
+        assertThat(cost.flops()).isEqualTo(2.0 * 8192 * 8192 * 8192);
+        BenchOptions cuda = new BenchOptions("cuda", 1, true, true, null, 1, ProgressListener.NONE);
+        double us = cost.flops() / 800e6;
+        Sample sample = Sample.of(new double[] {us}, 1);
+        BenchRow dense =
+                Rows.row("dense", square, Stage.DENSE, cuda, 1, sample, cost, null, null, null);
+        BenchReport with = new BenchReport(report.environment(), "", 1, List.of(prefill, dense));
+        assertThat(with.toMarkdown())
+                .contains("39 % of a dense 8192³ product")
+                .doesNotContain("fastest peer");
+        BenchReport both = PeersFile.read(SAMPLES.resolve("peers.json")).merge(with);
+        double share = Summary.of(both).prefill().get(0).ofDense();
+        assertThat(share).as("not the peers' product").isCloseTo(309.24 / 800, within(1e-4));
     }
 
     @Test
@@ -104,7 +144,7 @@ class PeersFileTest {
         Files.writeString(file, report.toJson());
         assertThat(BenchReport.read(file)).isEqualTo(report);
         JsonNode summary = new ObjectMapper().readTree(file.toFile()).path("summary");
-        assertThat(summary.path("slower")).hasSize(2);
+        assertThat(summary.path("slower")).hasSize(4);
     }
 
     @Test

@@ -26,6 +26,7 @@ import java.util.List;
 import org.junit.jupiter.api.BeforeEach;
 import org.junit.jupiter.api.Test;
 import org.junit.jupiter.params.ParameterizedTest;
+import org.junit.jupiter.params.provider.CsvSource;
 import org.junit.jupiter.params.provider.EnumSource;
 
 /**
@@ -130,6 +131,49 @@ class CudaLayerRecordingTest {
                             Call.LAUNCH_KERNEL_EX);
             assertThat(recording.launches()).allMatch(l -> l.stream() == stream);
         }
+    }
+
+    @ParameterizedTest
+    @CsvSource({"1, few", "8, few", "9, some", "0, some", "65, wgmma"})
+    void shouldChooseKernelsByTheRowsThatAreExpected(int rows, String shape) {
+        MoeConfig config =
+                open(RoutingInput.TOPK, 2).config().toBuilder().expectedRowsPerExpert(rows).build();
+        KernelCatalog catalog = KernelCatalog.choose(driver, 0);
+        try (CudaLayer layer = CudaBackendProvider.open(driver, catalog, config, "test")) {
+            layer.prepare();
+            assertThat(layer.expertSymbols()).last().asString().endsWith(shape);
+        }
+    }
+
+    @Test
+    void shouldLaunchTheExpertsOfABenchmarkAsAStepDoes() {
+        try (CudaLayer layer = open(RoutingInput.TOPK, 2)) {
+            layer.prepare();
+            CudaStep step = (CudaStep) layer.bind(tensors(layer));
+            long stream = recording.foreignStream();
+            recording.clearCalls();
+            layer.enqueue(stream, step);
+            List<String> inStep =
+                    recording.launches().stream()
+                            .filter(l -> layer.expertSymbols().contains(l.kernel()))
+                            .map(CudaLayerRecordingTest::launch)
+                            .toList();
+            recording.clearCalls();
+            layer.launchExperts(stream, step, 0, layer.expertKernels() - 1);
+            assertThat(recording.launches())
+                    .extracting(CudaLayerRecordingTest::launch)
+                    .isEqualTo(inStep);
+            assertThat(recording.launches()).allMatch(RecordingDriver.Launch::pdl);
+        }
+    }
+
+    private static String launch(RecordingDriver.Launch launch) {
+        return launch.kernel()
+                + " grid "
+                + launch.gridX()
+                + " x "
+                + launch.gridY()
+                + (launch.pdl() ? " may start early" : "");
     }
 
     @Test

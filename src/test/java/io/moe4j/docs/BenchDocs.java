@@ -25,6 +25,7 @@ final class BenchDocs {
 
     private final Path folder;
     private final BenchReport experts;
+    private final BenchReport portable;
     private final BenchReport chain;
 
     BenchDocs() throws IOException {
@@ -36,6 +37,8 @@ final class BenchDocs {
         }
         experts = BenchReport.read(folder.resolve("experts.json"));
         Path steps = folder.resolve("chain.json");
+        Path ptx = folder.resolve("experts-ptx.json");
+        portable = Files.exists(ptx) ? BenchReport.read(ptx) : null;
         chain = Files.exists(steps) ? BenchReport.read(steps) : null;
     }
 
@@ -75,6 +78,9 @@ final class BenchDocs {
             text.append('\n');
             Summary.of(experts).lines().forEach(line -> text.append(line).append('\n'));
         }
+        if (portable != null) {
+            addPortable(text);
+        }
         text.append("\n![time over floor of each case](img/experts-floor.svg)\n");
         text.append("\n![rate over intensity](img/experts-roofline.svg)\n");
         if (chain != null) {
@@ -95,6 +101,26 @@ final class BenchDocs {
         return text.toString();
     }
 
+    private void addPortable(StringBuilder text) {
+        text.append("\nThe portable kernels on the same GPU (`moe4j.cuda.kernels=ptx`: the code");
+        text.append(" for compute_80, compiled by the driver):\n\n");
+        text.append("| case | model | µs | × floor | vs Hopper's kernels |\n");
+        text.append("|---|---|---|---|---|\n");
+        for (BenchRow row : portable.rows()) {
+            for (BenchRow hopper : experts.rows()) {
+                if (row.stage().equals("ch") && row.key().equals(hopper.key())) {
+                    text.append(
+                            line(
+                                    row.number(),
+                                    row.model(),
+                                    us(row.medianUs()),
+                                    ratio(row.timesFloor()),
+                                    ratio(hopper.medianUs() / row.medianUs())));
+                }
+            }
+        }
+    }
+
     private String measured(String up) {
         boolean beside = experts.peers() != null;
         Map<String, String> where = experts.environment();
@@ -107,19 +133,25 @@ final class BenchDocs {
                 .append(up)
                 .append(folder)
                 .append("/experts.md)");
-        text.append("). Floors are the same H200 limits everywhere; peers were measured ");
-        text.append(beside ? "in the same run" : "earlier, in another run on the same kind of GPU");
-        text.append("; above 1 in the last column we are faster.\n\n");
+        text.append("). Floors are the same H200 limits everywhere. ");
         text.append(
-                "| case | model | EP | T | routing | rows | µs | × floor | fastest peer | µs | vs peer |\n");
-        text.append("|---|---|---|---|---|---|---|---|---|---|---|\n");
+                beside
+                        ? "The first peer is the fastest of the same run, the second the fastest"
+                                + " recorded in the case file, in an earlier run"
+                        : "Peers were measured earlier, in another run");
+        text.append(" on the same kind of GPU; where “vs” is above 1 we are faster.\n\n");
+        text.append("| case | model | EP | T | routing | rows | µs | × floor |");
+        text.append(beside ? " peer of the run | µs | vs it |" : "");
+        text.append(" recorded peer | µs | vs it |\n");
+        text.append("|---|---|---|---|---|---|---|---|---|---|---|");
+        text.append(beside ? "---|---|---|\n" : "\n");
         for (BenchRow row : experts.rows()) {
             if (!row.stage().equals("ch")) {
                 continue;
             }
-            String peer = beside ? row.runPeer() : row.peer();
-            text.append(
-                    line(
+            List<Object> cells = new ArrayList<>();
+            cells.addAll(
+                    List.of(
                             row.number(),
                             row.model(),
                             row.ep(),
@@ -127,12 +159,18 @@ final class BenchDocs {
                             row.routing(),
                             row.rows(),
                             us(row.medianUs()),
-                            ratio(row.timesFloor()),
-                            peer == null ? "–" : "`" + peer + "`",
-                            us(beside ? row.runPeerUs() : row.peerUs()),
-                            ratio(beside ? row.fasterThanRunPeer() : row.fasterThanPeer())));
+                            ratio(row.timesFloor())));
+            if (beside) {
+                cells.addAll(peer(row.runPeer(), row.runPeerUs(), row.fasterThanRunPeer()));
+            }
+            cells.addAll(peer(row.peer(), row.peerUs(), row.fasterThanPeer()));
+            text.append(line(cells.toArray()));
         }
         return text.toString();
+    }
+
+    private static List<String> peer(String name, Double us, Double gain) {
+        return List.of(name == null ? "–" : "`" + name + "`", us(us), ratio(gain));
     }
 
     private static String line(Object... cells) {

@@ -137,8 +137,14 @@ public final class DeviceLayout {
         return (width + PAD - 1) / PAD * PAD;
     }
 
-    /** Rows of an expert when all tokens come and are routed evenly: R · M · K / E, rounded up. */
+    /**
+     * Rows an expert is expected to get: what the configuration says, or those when all tokens come
+     * and are routed evenly, R · M · K / E, rounded up.
+     */
     public static long averageRows(MoeConfig config) {
+        if (config.expectedRowsPerExpert() > 0) {
+            return config.expectedRowsPerExpert();
+        }
         long experts = config.shape().experts();
         long rows = (long) config.ranks() * config.maxTokensPerRank() * config.shape().topK();
         return (rows + experts - 1) / experts;
