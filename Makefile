@@ -27,6 +27,7 @@ endif
 
 test: kernels ## run all tests and the format check
 	$(MVN) -B verify
+	@$(MAKE) -s engines-test
 
 format: ## format all sources
 	@$(MVN) -B -q spotless:apply
@@ -36,5 +37,6 @@ bench-docs: ## write the figures and plots of the documentation from bench/resul
 
 clean: ## remove everything that was built
 	@$(MVN) -B -q clean
+	@rm -rf engines/*/target
 
-include kernels.mk native.mk bundle.mk model.mk
+include kernels.mk native.mk bundle.mk model.mk engines.mk

@@ -7,20 +7,11 @@ set -eu
 bundle=$1
 name=$(basename "$bundle")
 mvn=${MVN:-mvn}
-limit=$((30 * 1024 * 1024))
+limit=$((40 * 1024 * 1024))
 
 fail() { echo "gpu-bundle: $*" >&2; exit 1; }
 
-# The newest JDK that has jlink.
-newest_jdk() {
-    for home in "${JAVA_HOME:-}" /usr/lib/jvm/*; do
-        [ -x "$home/bin/jlink" ] || continue
-        version=$("$home/bin/java" -version 2>&1 | sed -n 's/.* version "\([0-9]*\).*/\1/p' | head -n 1)
-        echo "${version:-0} $home"
-    done | sort -n | tail -n 1 | cut -d ' ' -f 2
-}
-
-jdk=$(newest_jdk)
+jdk=$(sh src/main/bundle/newest-jdk.sh jlink)
 [ -n "$jdk" ] || fail "no JDK with jlink found: set JAVA_HOME"
 
 rm -rf "$bundle"
@@ -39,6 +30,17 @@ junit=$(cat "$work/junit-version")
     "-Dartifact=org.junit.platform:junit-platform-console-standalone:$junit"
 cp target/moe4j.jar "$work/jars/"
 "$jdk/bin/jar" --create --file "$work/jars/moe4j-tests.jar" -C target/test-classes io
+
+# Engines, if `make engines-test` has compiled them: their tests, and what Jlama needs to run
+engines=
+if [ -d engines/jlama/target/test-classes ]; then
+    engines=jdk.incubator.vector,java.desktop # the latter for java.beans in Jinjava
+    JAVA_HOME=$jdk "$mvn" -B -q -f engines/jlama/pom.xml dependency:copy-dependencies "-DoutputDirectory=$work/jars" \
+        -DincludeArtifactIds=jlama-core,guava,failureaccess,jctools-core,jafama,slf4j-api,slf4j-nop,jinjava,javassist,re2j,commons-lang3,commons-net,java-ipv6,big-math,jackson-dataformat-yaml,snakeyaml 2>/dev/null
+    "$jdk/bin/jar" --create --file "$work/jars/moe4j-jlama.jar" -C engines/jlama/target/classes io
+    "$jdk/bin/jar" --create --file "$work/jars/moe4j-engines-tests.jar" \
+        -C engines/jlama/target/test-classes io -C engines/ffm/target/test-classes io
+fi
 
 for jar in "$work"/jars/*.jar; do
     file=$(basename "$jar")
@@ -67,7 +69,7 @@ needed=$("$jdk/bin/jdeps" --multi-release 17 --ignore-missing-deps --print-modul
     --class-path "$bundle/lib/*" "$bundle"/lib/*.jar 2>/dev/null || true)
 modules=$(printf '%s,%s\n' "$base" "$needed" | tr ',' '\n' \
     | grep -E '^(java|jdk)\.' | grep -v -E '^(java\.desktop|java\.sql|java\.compiler|jdk\.compiler|java\.rmi)$' \
-    | sort -u | paste -s -d , -)
+    | sort -u | paste -s -d , -)${engines:+,$engines}
 # why zip-0: xz makes 15 MB of the uncompressed image but 24 MB of a zipped one
 case $("$jdk/bin/java" -version 2>&1 | sed -n 's/.* version "\([0-9]*\).*/\1/p' | head -n 1) in
     17 | 18 | 19 | 20) compress=0 ;;

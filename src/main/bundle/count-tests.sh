@@ -1,7 +1,7 @@
 #!/bin/sh
-# Sums up surefire's reports in one line:  count-tests.sh REPORT_DIR
+# Sums up surefire's reports in one line:  count-tests.sh REPORT_DIR...
 set -eu
-cat "$1"/TEST-*.xml 2>/dev/null | awk '
+for dir in "$@"; do cat "$dir"/TEST-*.xml 2>/dev/null || true; done | awk '
     /<testsuite / {
         match($0, / tests="[0-9]+"/);   tests += substr($0, RSTART + 8, RLENGTH - 9)
         match($0, / skipped="[0-9]+"/); skipped += substr($0, RSTART + 10, RLENGTH - 11)

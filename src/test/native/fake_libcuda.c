@@ -29,12 +29,22 @@ E R cuDeviceCanAccessPeer(int* can, int a, int b) { *can = a != b; return 0; }
 E R cuDevicePrimaryCtxRetain(P* c, int d) { *c = (P)(uintptr_t)(0xc000 + d); return 0; }
 E R cuDevicePrimaryCtxRelease_v2(int d) { return 0; }
 E R cuCtxGetCurrent(P* c) { *c = depth ? current[depth - 1] : 0; return 0; }
+E R cuCtxCreate_v2(P* c, unsigned f, int d) { *c = current[depth++] = (P)(uintptr_t)(0xe000 + d); return 0; }
+E R cuCtxDestroy_v2(P c) { if (depth && current[depth - 1] == c) depth--; return 0; }
+E R cuCtxSetCurrent(P c) { if (depth) depth--; if (c) current[depth++] = c; return 0; }
 E R cuCtxPushCurrent_v2(P c) { current[depth++] = c; return 0; }
 E R cuCtxPopCurrent_v2(P* c) { if (!depth) return 201; *c = current[--depth]; return 0; }
+E R cuCtxGetDevice(int* d) { if (!depth) return 201; *d = (int)((uintptr_t)current[depth - 1] & 0xff) % 16; return 0; }
 E R cuCtxSynchronize(void) { return 0; }
 E R cuCtxEnablePeerAccess(P c, unsigned f) { return 704; }
 E R cuMemAlloc_v2(D* p, size_t n) { if (n > 1u << 30) return 2; *p = (D)(uintptr_t)malloc(n); return 0; }
 E R cuMemFree_v2(D p) { free((P)(uintptr_t)p); return 0; }
+// every address below 2^16 is unknown; 1 context, 2 memory type, 8 managed, 9 device
+E R cuPointerGetAttribute(P out, int a, D p) {
+    if (p < 1 << 16) return 1;
+    if (a == 1) *(P*)out = (P)0xc001; else *(int*)out = a == 2 ? 2 : a == 9 ? 1 : 0;
+    return 0;
+}
 E R cuMemGetInfo_v2(size_t* f, size_t* t) { *f = 1000; *t = 2000; return 0; }
 E R cuMemHostAlloc(P* p, size_t n, unsigned f) { if (f != 3) return 1; *p = aligned_alloc(4096, (n + 4095) & ~4095ul); return 0; }
 E R cuMemHostGetDevicePointer_v2(D* d, P p, unsigned f) { *d = (D)(uintptr_t)p; return 0; }
@@ -58,6 +68,7 @@ E R cuStreamIsCapturing(P s, int* st) { *st = capturing; return 0; }
 E R cuStreamBeginCapture_v2(P s, int mode) { if (mode != 1) return 1; capturing = 1; nodes = 0; return 0; }
 E R cuStreamEndCapture(P s, P* g) { capturing = 0; *g = (P)0x6000; return 0; }
 E R cuGraphInstantiateWithFlags(P* e, P g, unsigned long long f) { *e = (P)0x6e000; return g == (P)0x6000 ? 0 : 400; }
+E R cuThreadExchangeStreamCaptureMode(int* m) { static int mode = 1; int was = mode; mode = *m; *m = was; return 0; }
 E R cuGraphUpload(P e, P s) { return 0; }
 E R cuGraphLaunch(P e, P s) { return e == (P)0x6e000 ? 0 : 400; }
 E R cuGraphGetNodes(P g, P* n, size_t* count) { *count = nodes; return 0; }

@@ -24,6 +24,9 @@ import java.util.Locale;
  * @param backend {@code auto}, {@code cpu} or {@code cuda}
  * @param threads CPU backend: worker threads
  * @param handles steps that may be in flight at once; each handle has its own buffers and epochs
+ * @param cudaContext CUDA: the CUcontext of an engine that the layer works in, which the engine
+ *     owns and keeps until the layer is closed; 0 for the primary context of the device; the CPU
+ *     backend ignores it
  * @param expectedRowsPerExpert rows one expert gets in a usual step, for the choice of kernels; 0:
  *     those of a full step that is routed evenly. Results do not depend on it
  * @param weights where the weights come from; null for planning only
@@ -42,6 +45,7 @@ public record MoeConfig(
         String backend,
         int threads,
         int handles,
+        long cudaContext,
         int expectedRowsPerExpert,
         LayerWeights weights) {
     /** Most ranks in one group. */
@@ -127,6 +131,7 @@ public record MoeConfig(
         builder.backend = backend;
         builder.threads = threads;
         builder.handles = handles;
+        builder.cudaContext = cudaContext;
         builder.expectedRowsPerExpert = expectedRowsPerExpert;
         builder.weights = weights;
         return builder;
@@ -174,6 +179,7 @@ public record MoeConfig(
         private String backend = "auto";
         private int threads = Runtime.getRuntime().availableProcessors();
         private int handles = 1;
+        private long cudaContext;
         private int expectedRowsPerExpert;
         private LayerWeights weights;
 
@@ -268,6 +274,15 @@ public record MoeConfig(
         }
 
         /**
+         * CUDA: the CUcontext of an engine whose streams and memory the layer is to use. The
+         * primary context of the device if not set, which is also what the CUDA runtime uses.
+         */
+        public Builder cudaContext(long value) {
+            cudaContext = value;
+            return this;
+        }
+
+        /**
          * Rows one expert gets in a usual step. If not set, those of a full step that is routed
          * evenly: R · M · K / E. Set it where a usual step is far from that, for example if M is
          * that of a prefill but most steps decode. Kernels are chosen by it; results do not depend
@@ -298,6 +313,7 @@ public record MoeConfig(
                     backend,
                     threads,
                     handles,
+                    cudaContext,
                     expectedRowsPerExpert,
                     weights);
         }

@@ -50,6 +50,10 @@ public interface MoeLayer extends AutoCloseable {
      * Steps that share a handle must be ordered by their stream; steps that are in flight together
      * (two micro-batches, say) need different handles.
      *
+     * <p>Allocates a little and waits for a small copy, so it is not for a step. Yet it may be
+     * called while the calling thread captures a stream, for runtimes that tell their addresses
+     * only then; nothing of it becomes part of the graph.
+     *
      * @param ranks one element per local rank, in rank order
      * @param handle 0 to {@code config().handles() − 1}: which set of buffers and epochs to use
      * @throws IllegalArgumentException if the number of ranks, a dtype, a shape or the kind of

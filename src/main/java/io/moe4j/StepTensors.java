@@ -73,6 +73,48 @@ public record StepTensors(
         }
     }
 
+    /** Fails if a tensor is not the one of {@code now}. */
+    void requireSame(int rank, StepTensors now) {
+        requireSame(rank, "hidden", hidden, now.hidden);
+        requireSame(rank, "tokenCount", tokenCount, now.tokenCount);
+        requireSame(rank, "topkIds", topkIds, now.topkIds);
+        requireSame(rank, "topkWeights", topkWeights, now.topkWeights);
+        requireSame(rank, "routerLogits", routerLogits, now.routerLogits);
+        requireSame(rank, "out", out, now.out);
+        if (accumulate != now.accumulate) {
+            throw new IllegalStateException(
+                    "rank "
+                            + rank
+                            + ": accumulate was "
+                            + accumulate
+                            + " when bound and is "
+                            + now.accumulate
+                            + ": bind again and capture again");
+        }
+    }
+
+    private static void requireSame(int rank, String name, Tensor bound, Tensor now) {
+        if (bound == now || (bound != null && bound.isSameAs(now))) {
+            return;
+        }
+        throw new IllegalStateException(
+                "rank "
+                        + rank
+                        + ": "
+                        + name
+                        + " was "
+                        + place(bound)
+                        + " when bound and is "
+                        + place(now)
+                        + " now: bind again and capture again, or keep one buffer");
+    }
+
+    private static String place(Tensor tensor) {
+        return tensor == null || tensor.isHost()
+                ? String.valueOf(tensor)
+                : String.format("%s at 0x%x", tensor, tensor.address());
+    }
+
     private static void requirePresence(
             String name, Tensor tensor, boolean wanted, RoutingInput input) {
         if ((tensor != null) != wanted) {

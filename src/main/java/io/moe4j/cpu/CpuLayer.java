@@ -79,7 +79,17 @@ final class CpuLayer implements MoeLayer {
 
     private record RouterScratch(CpuRouterTopK topK, float[] logits, double[] sums) {}
 
-    private record CpuStep(CpuLayer layer, StepTensors[] ranks, int handle) implements BoundStep {}
+    private record CpuStep(CpuLayer layer, StepTensors[] ranks, int handle) implements BoundStep {
+        @Override
+        public List<StepTensors> tensors() {
+            return List.of(ranks);
+        }
+
+        @Override
+        public void requireAlive() {
+            layer.requireOpen();
+        }
+    }
 
     @Override
     public MoeConfig config() {

@@ -38,6 +38,16 @@ final class CheckedCudaLayer implements HostSyncCheckedLayer {
         public MoeLayer layer() {
             return checked;
         }
+
+        @Override
+        public List<StepTensors> tensors() {
+            return inner.tensors();
+        }
+
+        @Override
+        public void requireAlive() {
+            inner.requireAlive();
+        }
     }
 
     @Override
@@ -52,6 +62,7 @@ final class CheckedCudaLayer implements HostSyncCheckedLayer {
 
     @Override
     public void enqueue(long stream, BoundStep step, Phase first, Phase last) {
+        step.requireAlive();
         try (CheckedDriver.Zone zone = driver.noSyncZone("enqueue")) {
             layer.enqueue(stream, inner(step), first, last);
         }

@@ -100,7 +100,7 @@ public final class CudaBackendProvider implements BackendProvider {
     @Override
     public MoeLayer open(MoeConfig config, String reason) {
         Driver driver = Drivers.open();
-        KernelCatalog catalog = KernelCatalog.choose(driver, device());
+        KernelCatalog catalog = KernelCatalog.choose(driver, device(driver, config));
         return Boolean.getBoolean("moe4j.cuda.checked")
                 ? openChecked(driver, CheckedDriver.Mode.THROW, catalog, config, reason)
                 : open(driver, catalog, config, reason);
@@ -109,7 +109,7 @@ public final class CudaBackendProvider implements BackendProvider {
     @Override
     public HostSyncCheckedLayer openHostSyncChecked(MoeConfig config, String reason) {
         Driver driver = Drivers.open();
-        KernelCatalog catalog = KernelCatalog.choose(driver, device());
+        KernelCatalog catalog = KernelCatalog.choose(driver, device(driver, config));
         return openChecked(driver, CheckedDriver.Mode.RECORD, catalog, config, reason);
     }
 
@@ -126,13 +126,22 @@ public final class CudaBackendProvider implements BackendProvider {
 
     /** Opens a layer on a given driver: the seam for the checked and the recording driver. */
     static CudaLayer open(Driver driver, KernelCatalog catalog, MoeConfig config, String reason) {
-        Context context = new Context(driver, device());
+        Context context =
+                config.cudaContext() == 0
+                        ? new Context(driver, device())
+                        : Context.ofEngine(driver, config.cudaContext());
         try {
             return new CudaLayer(config, reason, context, catalog);
         } catch (RuntimeException | Error e) {
             context.close();
             throw e;
         }
+    }
+
+    private static int device(Driver driver, MoeConfig config) {
+        return config.cudaContext() == 0
+                ? device()
+                : Context.ofEngine(driver, config.cudaContext()).device();
     }
 
     private static int device() {

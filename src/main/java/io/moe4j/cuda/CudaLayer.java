@@ -16,11 +16,15 @@ import io.moe4j.SoftCounters;
 import io.moe4j.StepInspection;
 import io.moe4j.StepTensors;
 import io.moe4j.cuda.driver.Context;
+import io.moe4j.cuda.driver.CudaException;
 import io.moe4j.cuda.driver.DeviceBuffer;
+import io.moe4j.cuda.driver.Driver.PointerInfo;
 import io.moe4j.cuda.driver.GraphExec;
 import io.moe4j.cuda.driver.KernelParams;
 import io.moe4j.cuda.driver.ParamArena;
+import io.moe4j.cuda.driver.PinnedBuffer;
 import io.moe4j.cuda.driver.Scope;
+import io.moe4j.cuda.driver.Stream;
 import io.moe4j.cuda.kernel.Kernel;
 import io.moe4j.cuda.kernel.KernelCatalog;
 import io.moe4j.cuda.kernel.LoadedKernels;
@@ -128,6 +132,9 @@ final class CudaLayer implements MoeLayer {
             }
             try {
                 allocate(progress);
+            } catch (CudaException e) {
+                freeOwned(e);
+                throw e.inCapture() ? refusedInCapture("prepare", e) : e;
             } catch (RuntimeException | Error e) {
                 freeOwned(e);
                 throw e;
@@ -183,15 +190,30 @@ final class CudaLayer implements MoeLayer {
                                 + config.ranks()
                                 + ": give one StepTensors per rank");
             }
-            for (int rank = 0; rank < ranks.size(); rank++) {
-                validate(rank, ranks.get(rank));
+            // why relaxed: some runtimes tell their addresses only while they capture
+            try (Scope scope = context.enter();
+                    Scope relaxed = context.driver().relaxCapture()) {
+                for (int rank = 0; rank < ranks.size(); rank++) {
+                    validate(rank, ranks.get(rank));
+                }
+                CudaStep step = pack(ranks, handles[handle]);
+                steps.add(step);
+                return step;
             }
-            CudaStep step = pack(ranks, handles[handle]);
-            steps.add(step);
-            return step;
+        } catch (CudaException e) {
+            throw e.inCapture() ? refusedInCapture("bind", e) : e;
         } finally {
             lock.unlock();
         }
+    }
+
+    private static RuntimeException refusedInCapture(String method, CudaException e) {
+        return new IllegalStateException(
+                method
+                        + " was called while this thread captures a stream: "
+                        + method
+                        + " before the capture begins; this one is broken, end it and start anew",
+                e);
     }
 
     private void validate(int rank, StepTensors tensors) {
@@ -203,6 +225,7 @@ final class CudaLayer implements MoeLayer {
             requireDevice("topkWeights", tensors.topkWeights());
             requireDevice("routerLogits", tensors.routerLogits());
             requireDevice("out", tensors.out());
+            requireReachable(tensors);
         } catch (IllegalArgumentException e) {
             throw new IllegalArgumentException("rank " + rank + ": " + e.getMessage(), e);
         }
@@ -217,6 +240,84 @@ final class CudaLayer implements MoeLayer {
         }
     }
 
+    /** Asks the driver about every address before one is packed. */
+    private void requireReachable(StepTensors tensors) {
+        try (Scope scope = context.enter()) {
+            requireReachable("hidden", tensors.hidden());
+            requireReachable("tokenCount", tensors.tokenCount());
+            requireReachable("topkIds", tensors.topkIds());
+            requireReachable("topkWeights", tensors.topkWeights());
+            requireReachable("routerLogits", tensors.routerLogits());
+            requireReachable("out", tensors.out());
+        }
+    }
+
+    private void requireReachable(String name, Tensor tensor) {
+        if (tensor == null) {
+            return;
+        }
+        // why both ends: an engine's allocation may consist of several mappings
+        requireReachable(name, tensor, tensor.address());
+        requireReachable(name, tensor, tensor.address() + tensor.bytes() - 1);
+    }
+
+    private void requireReachable(String name, Tensor tensor, long address) {
+        String what = String.format("%s=0x%x, %s,", name, tensor.address(), tensor);
+        PointerInfo memory =
+                context.driver()
+                        .pointer(address)
+                        .orElseThrow(
+                                () ->
+                                        new IllegalArgumentException(
+                                                String.format(
+                                                        "%s is not in device memory at 0x%x: it was"
+                                                                + " freed, is host memory, or is smaller"
+                                                                + " than the tensor",
+                                                        what, address)));
+        if (memory.anywhere()) {
+            return;
+        }
+        if (memory.device() != context.device()) {
+            throw new IllegalArgumentException(
+                    what
+                            + " is memory of device "
+                            + memory.device()
+                            + " but the layer runs on device "
+                            + context.device()
+                            + ": allocate it there, or set moe4j.cuda.device");
+        }
+        if (memory.context() != 0 && memory.context() != context.handle()) {
+            throw new IllegalArgumentException(
+                    String.format(
+                            "%s is memory of context 0x%x but the layer works in 0x%x%s: open it with"
+                                    + " cudaContext(0x%x)",
+                            what,
+                            memory.context(),
+                            context.handle(),
+                            context.isPrimary() ? ", the device's primary context" : "",
+                            memory.context()));
+        }
+    }
+
+    /** Asks the driver again, for {@link BoundStep#requireAlive}. */
+    void requireAlive(List<StepTensors> ranks) {
+        whileNotFreed(
+                () -> {
+                    requirePrepared();
+                    for (int rank = 0; rank < ranks.size(); rank++) {
+                        try (Scope scope = context.enter();
+                                Scope relaxed = context.driver().relaxCapture()) {
+                            requireReachable(ranks.get(rank));
+                        } catch (IllegalArgumentException e) {
+                            throw new IllegalStateException(
+                                    "bound memory is gone, rank " + rank + ": " + e.getMessage(),
+                                    e);
+                        }
+                    }
+                    return null;
+                });
+    }
+
     private CudaStep pack(List<StepTensors> ranks, CudaHandle handle) {
         int size = DeviceStructs.LOCAL_RANK.size();
         ByteBuffer locals =
@@ -227,14 +328,24 @@ final class CudaLayer implements MoeLayer {
         }
         DeviceBuffer buffer = new DeviceBuffer(context, locals.capacity());
         try (Scope scope = context.enter()) {
-            context.driver().memcpyHtoD(buffer.address(), locals.rewind());
-            context.driver().streamSynchronize(0L); // why: the copy may still be under way
+            upload(buffer.address(), locals.rewind());
             KernelParams params = arena.params(DeviceStructs.STEP_PARAMS.size());
             packParams(DeviceStructs.STEP_PARAMS.writer(params.bytes(0)), buffer.address(), handle);
-            return new CudaStep(this, handle, params, buffer);
+            return new CudaStep(this, List.copyOf(ranks), handle, params, buffer);
         } catch (RuntimeException | Error e) {
             buffer.close();
             throw e;
+        }
+    }
+
+    /** why a stream of its own: the legacy stream may wait for one that is being captured. */
+    private void upload(long to, ByteBuffer from) {
+        int bytes = from.remaining();
+        try (PinnedBuffer pinned = new PinnedBuffer(context, bytes);
+                Stream stream = new Stream(context)) {
+            pinned.bytes().put(0, from, 0, bytes);
+            context.driver().memcpyHtoDAsync(to, pinned.memory(), 0, bytes, stream.handle());
+            stream.synchronize();
         }
     }
 
@@ -381,11 +492,30 @@ final class CudaLayer implements MoeLayer {
             } catch (RuntimeException | Error e) {
                 cudaStep.handle().nextPhase = Phase.ROUTE; // why: a failed step is over
                 cudaStep.handle().stepInFlight = null;
-                throw e;
+                throw refusedStream(stream, e);
             }
         } finally {
             lock.unlock();
         }
+    }
+
+    /** Names the stream if it is what the driver did not take; else rethrows. */
+    private RuntimeException refusedStream(long stream, Throwable e) {
+        if (e instanceof CudaException refused && refused.invalidHandle()) {
+            return new IllegalArgumentException(
+                    String.format(
+                            "stream=0x%x is no stream of the layer's context 0x%x%s: it was"
+                                    + " destroyed, or made in another context; open the layer with"
+                                    + " cudaContext(...) of the stream's",
+                            stream,
+                            context.handle(),
+                            context.isPrimary() ? ", the device's primary context" : ""),
+                    e);
+        }
+        if (e instanceof Error error) {
+            throw error;
+        }
+        return (RuntimeException) e;
     }
 
     private static void requireNext(CudaStep step, Phase first, Phase last) {
@@ -504,7 +634,7 @@ final class CudaLayer implements MoeLayer {
             return new CudaGraph(exec, layers);
         } catch (RuntimeException | Error e) {
             pinned.forEach(CudaLayer::unpin);
-            throw e;
+            throw refusedStream(stream, e);
         }
     }
 

@@ -261,6 +261,20 @@ public final class Tensor {
         }
     }
 
+    /**
+     * True if the other tensor is of this type and shape and stands for the same memory: the same
+     * device address; on the host the same tensor, or a copy of the reference to it.
+     */
+    public boolean isSameAs(Tensor other) {
+        return other == this
+                || (other != null
+                        && host == null
+                        && other.host == null
+                        && address == other.address
+                        && dtype == other.dtype
+                        && Arrays.equals(shape, other.shape));
+    }
+
     /** True if the shape is exactly {@code expected}. */
     public boolean hasShape(long... expected) {
         return Arrays.equals(shape, expected);

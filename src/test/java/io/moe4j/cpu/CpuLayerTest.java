@@ -1,11 +1,15 @@
 package io.moe4j.cpu;
 
 import static org.assertj.core.api.Assertions.assertThat;
+import static org.assertj.core.api.Assertions.assertThatThrownBy;
 
+import io.moe4j.BoundStep;
 import io.moe4j.Harness;
 import io.moe4j.Harness.Batch;
 import io.moe4j.MoeLayerContract;
 import io.moe4j.Phase;
+import io.moe4j.StepTensors;
+import io.moe4j.tensor.DType;
 import java.util.List;
 import java.util.function.Consumer;
 import org.junit.jupiter.api.Test;
@@ -29,6 +33,33 @@ class CpuLayerTest extends MoeLayerContract {
             ((CpuLayer) layer.layer).poison(Float.NaN, 0x7ffffff0);
             float[][][] poisoned = layer.run(batches);
             assertThat(poisoned).isDeepEqualTo(clean);
+        }
+    }
+
+    @Test
+    void shouldCompareTensorsWithThoseBound() {
+        try (Harness layer = new Harness(config(SHAPE, 205).build())) {
+            StepTensors bound = layer.tensors().get(0);
+            BoundStep step = layer.step();
+            step.requireUnmoved(layer.tensors());
+            step.requireAlive();
+            assertThat(step.tensors()).isEqualTo(layer.tensors());
+            StepTensors moved =
+                    StepTensors.topk(
+                            layer.layer.memory().allocate(DType.F32, bound.out().shape()),
+                            bound.hidden(),
+                            bound.topkIds(),
+                            bound.topkWeights(),
+                            bound.tokenCount());
+            assertThatThrownBy(() -> step.requireUnmoved(List.of(moved)))
+                    .isInstanceOf(IllegalStateException.class)
+                    .hasMessageContaining("rank 0: out was F32")
+                    .hasMessageContaining("bind again and capture again, or keep one buffer");
+            assertThatThrownBy(() -> step.requireUnmoved(List.of(bound, bound)))
+                    .isInstanceOf(IllegalArgumentException.class)
+                    .hasMessage("got the tensors of 2 ranks but bound were 1");
+            layer.layer.close();
+            assertThatThrownBy(step::requireAlive).hasMessageContaining("closed");
         }
     }
 

@@ -53,7 +53,7 @@ class DocsTest {
     private static final Path MAIN = Path.of("src/main/java/io/moe4j");
     private static final Path CUDA = Path.of("src/main/cuda");
     private static final List<String> MAKEFILES =
-            List.of("Makefile", "kernels.mk", "native.mk", "bundle.mk", "model.mk");
+            List.of("Makefile", "kernels.mk", "native.mk", "bundle.mk", "model.mk", "engines.mk");
 
     @TestFactory
     Stream<DynamicTest> shouldLinkOnlyToFilesAndHeadingsThatExist() {
@@ -114,7 +114,7 @@ class DocsTest {
 
     @Test
     void shouldCiteOnlyTestsThatExist() {
-        String sources = sources(Path.of("src/test/java"));
+        String sources = sources(Path.of("src/test/java")) + sources(Path.of("engines"));
         pages().forEach(
                         page ->
                                 groups(TEST_NAME, read(page))
@@ -314,9 +314,17 @@ class DocsTest {
                                         .filter(line -> line.contains("Exception"))
                                         .map(line -> line.substring(line.indexOf("Exception")))
                                         .toList())));
-        assertThat(messages).hasSizeGreaterThan(25);
+        messages.addAll(
+                groups(
+                        Pattern.compile("(?m)^\\| [^|`]+ \\| `([^`]+)`"),
+                        section(
+                                read(Path.of("docs/engines.md")),
+                                "### What goes wrong, and what you hear")));
+        assertThat(messages).hasSizeGreaterThan(40);
         for (String message : messages) {
-            for (String part : message.split("…|EXPERTS|ROUTE|hidden is|cuDNN: not|libcud\\S+")) {
+            for (String part :
+                    message.split(
+                            "…|EXPERTS|ROUTE|hidden is|cuDNN: not|libcud\\S+|prepare was|rank 0: hidden")) {
                 if (part.strip().length() > 3) {
                     assertThat(code).as(message).contains(part.strip());
                 }

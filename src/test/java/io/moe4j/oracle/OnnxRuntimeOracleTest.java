@@ -9,6 +9,7 @@ import io.moe4j.Harness;
 import io.moe4j.Harness.Batch;
 import io.moe4j.MoeConfig;
 import io.moe4j.RoutingInput;
+import io.moe4j.examples.EngineWeightsExample;
 import io.moe4j.model.Activation;
 import io.moe4j.model.ExpertWeights;
 import io.moe4j.model.MoeShape;
@@ -16,9 +17,12 @@ import io.moe4j.model.RandomWeights;
 import io.moe4j.model.RoutingRule;
 import io.moe4j.model.WeightMatrix;
 import io.moe4j.tensor.DType;
+import java.nio.ByteBuffer;
+import java.nio.ByteOrder;
 import java.util.ArrayList;
 import java.util.List;
 import java.util.Map;
+import org.junit.jupiter.api.Test;
 import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.CsvSource;
 
@@ -54,6 +58,43 @@ class OnnxRuntimeOracleTest {
                     .as("seed %d token %d", seed, t)
                     .isLessThan(1e-5);
         }
+    }
+
+    /** The node's own tensors, given to a layer as docs/engines.md shows it. */
+    @Test
+    void shouldTakeTheTensorsOfAnOnnxNode() throws Exception {
+        MoeShape shape = MoeShape.of(128, 96, 8, 2);
+        RandomWeights weights = RandomWeights.of(shape, 7);
+        Batch batch = Harness.random(shape, 13, 7);
+        float[][] logits = logits(weights, batch.hidden());
+        float[][] want = onnx(weights, batch.hidden(), logits, true, Activation.swiGlu());
+        ByteBuffer fc1 = little(8 * 2 * 96 * 128);
+        ByteBuffer fc2 = little(8 * 128 * 96);
+        for (int e = 0; e < 8; e++) {
+            float[] gateUp = new float[2 * 96 * 128];
+            interleave(gateUp, 0, weights.expert(e).gate(), weights.expert(e).up());
+            float[] down = new float[128 * 96];
+            weights.expert(e).down().read(down);
+            fc1.asFloatBuffer().put(e * gateUp.length, gateUp);
+            fc2.asFloatBuffer().put(e * down.length, down);
+        }
+        MoeConfig config = EngineWeightsExample.onnx(shape, true, fc1, fc2);
+        try (Harness layer =
+                new Harness(config.toBuilder().threads(2).maxTokensPerRank(13).build())) {
+            float[] flat = new float[13 * 8];
+            for (int t = 0; t < 13; t++) {
+                System.arraycopy(logits[t], 0, flat, t * 8, 8);
+            }
+            layer.put(layer.tensors().get(0).routerLogits(), flat);
+            float[][] got = layer.run(batch);
+            for (int t = 0; t < 13; t++) {
+                assertThat(relativeL2(got[t], want[t])).isLessThan(1e-5);
+            }
+        }
+    }
+
+    private static ByteBuffer little(int floats) {
+        return ByteBuffer.allocateDirect(4 * floats).order(ByteOrder.LITTLE_ENDIAN);
     }
 
     private static float[][] logits(RandomWeights weights, float[][] hidden) {

@@ -33,6 +33,8 @@ public enum Call {
     PRIMARY_CTX_RELEASE("cuDevicePrimaryCtxRelease", Effect.WAITS, Effect.BREAKS_CAPTURE),
     /** The context of this thread. */
     CTX_GET_CURRENT("cuCtxGetCurrent"),
+    /** The device of the current context. */
+    CTX_GET_DEVICE("cuCtxGetDevice"),
     /** Makes a context current. */
     CTX_PUSH_CURRENT("cuCtxPushCurrent"),
     /** Restores the context before. */
@@ -47,6 +49,8 @@ public enum Call {
     MEM_FREE("cuMemFree", Effect.ALLOCATES, Effect.WAITS, Effect.BREAKS_CAPTURE),
     /** Free and total device memory. */
     MEM_GET_INFO("cuMemGetInfo"),
+    /** What an address belongs to. */
+    POINTER_GET_ATTRIBUTE("cuPointerGetAttribute"),
     /** Page-locked host memory. */
     MEM_HOST_ALLOC("cuMemHostAlloc", Effect.ALLOCATES, Effect.WAITS, Effect.BREAKS_CAPTURE),
     /** Address of page-locked memory on the device. */
@@ -89,6 +93,8 @@ public enum Call {
     STREAM_END_CAPTURE("cuStreamEndCapture"),
     /** Orders a stream after an event. */
     STREAM_WAIT_EVENT("cuStreamWaitEvent"),
+    /** What this thread may do while streams are captured. */
+    THREAD_EXCHANGE_CAPTURE_MODE("cuThreadExchangeStreamCaptureMode"),
     /** Makes a graph executable. */
     GRAPH_INSTANTIATE("cuGraphInstantiate", Effect.ALLOCATES),
     /** Brings an executable graph to the device. */

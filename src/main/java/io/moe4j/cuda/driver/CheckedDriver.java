@@ -4,6 +4,7 @@ import java.nio.ByteBuffer;
 import java.util.ArrayList;
 import java.util.Collections;
 import java.util.List;
+import java.util.Optional;
 import java.util.Set;
 
 /**
@@ -211,6 +212,12 @@ public final class CheckedDriver implements Driver {
     }
 
     @Override
+    public int contextDevice() {
+        guard(Call.CTX_GET_DEVICE);
+        return driver.contextDevice();
+    }
+
+    @Override
     public void contextPush(long context) {
         guard(Call.CTX_PUSH_CURRENT);
         driver.contextPush(context);
@@ -250,6 +257,12 @@ public final class CheckedDriver implements Driver {
     public void memFree(long address) {
         guard(Call.MEM_FREE);
         driver.memFree(address);
+    }
+
+    @Override
+    public Optional<PointerInfo> pointer(long address) {
+        guard(Call.POINTER_GET_ATTRIBUTE);
+        return driver.pointer(address);
     }
 
     @Override
@@ -377,6 +390,12 @@ public final class CheckedDriver implements Driver {
     public long streamEndCapture(long stream) {
         guard(Call.STREAM_END_CAPTURE);
         return driver.streamEndCapture(stream);
+    }
+
+    @Override
+    public Scope relaxCapture() {
+        guard(Call.THREAD_EXCHANGE_CAPTURE_MODE);
+        return driver.relaxCapture();
     }
 
     @Override

@@ -3,14 +3,15 @@ package io.moe4j.cuda.driver;
 import java.util.concurrent.atomic.AtomicBoolean;
 
 /**
- * A device and its retained primary context, the root of everything allocated on it. Owned by
- * whoever opened it, closed after all that was made from it. Never leaves itself current: work
- * happens inside {@link #enter}. Safe for any thread.
+ * A device and a context on it, the root of everything allocated there: the primary context, which
+ * it retains, or one that an engine owns. Closed by whoever opened it, after all that was made from
+ * it. Never leaves itself current: work happens inside {@link #enter}. Safe for any thread.
  */
 public final class Context implements AutoCloseable {
     private final Driver driver;
     private final int device;
     private final long handle;
+    private final boolean retained;
     private final AtomicBoolean closed = new AtomicBoolean();
 
     /** Retains the primary context of a device. */
@@ -18,6 +19,38 @@ public final class Context implements AutoCloseable {
         this.driver = driver;
         this.device = device;
         this.handle = driver.primaryContextRetain(device);
+        this.retained = true;
+    }
+
+    private Context(Driver driver, int device, long handle) {
+        this.driver = driver;
+        this.device = device;
+        this.handle = handle;
+        this.retained = false;
+    }
+
+    /**
+     * A context that an engine created and destroys, after everything made from it was closed.
+     *
+     * @param handle a CUcontext
+     * @throws IllegalArgumentException if it cannot be made current
+     */
+    public static Context ofEngine(Driver driver, long handle) {
+        try (Scope scope = driver.enter(handle)) {
+            return new Context(driver, driver.contextDevice(), handle);
+        } catch (CudaException e) {
+            throw new IllegalArgumentException(
+                    String.format(
+                            "cudaContext=0x%x is no context that lives: pass the CUcontext of the"
+                                    + " engine, or 0 for the primary context of the device",
+                            handle),
+                    e);
+        }
+    }
+
+    /** Whether this is the primary context of the device, retained here. */
+    public boolean isPrimary() {
+        return retained;
     }
 
     /** The driver. */
@@ -48,10 +81,10 @@ public final class Context implements AutoCloseable {
         return driver.deviceAttribute(device, attribute);
     }
 
-    /** Releases the primary context. Idempotent. */
+    /** Releases the primary context; an engine's stays as it is. Idempotent. */
     @Override
     public void close() {
-        if (closed.compareAndSet(false, true)) {
+        if (closed.compareAndSet(false, true) && retained) {
             ignoringLostContext(() -> driver.primaryContextRelease(device));
         }
     }

@@ -50,6 +50,17 @@ public class CudaException extends RuntimeException {
         return CudaErrors.poisonsContext(code);
     }
 
+    /** Whether the call is one that a capture of this thread does not allow. */
+    public boolean inCapture() {
+        return code == CudaErrors.STREAM_CAPTURE_UNSUPPORTED
+                || code == CudaErrors.STREAM_CAPTURE_INVALIDATED;
+    }
+
+    /** Whether a handle was passed that does not live, or not in this context. */
+    public boolean invalidHandle() {
+        return code == CudaErrors.INVALID_HANDLE || code == CudaErrors.INVALID_CONTEXT;
+    }
+
     private static String message(Call call, int code, String detail) {
         String hint = CudaErrors.hint(code);
         return call.symbol()

@@ -1,6 +1,7 @@
 package io.moe4j.cuda.driver;
 
 import java.nio.ByteBuffer;
+import java.util.Optional;
 
 /**
  * The CUDA driver calls moe4j makes. Contexts, streams, events, modules, functions, graphs and
@@ -53,6 +54,9 @@ public interface Driver {
     /** The context current on this thread; 0 if none. */
     long contextCurrent();
 
+    /** Number of the device that the current context is on. */
+    int contextDevice();
+
     /** Makes a context current on this thread, keeping the one before. Prefer {@link #enter}. */
     void contextPush(long context);
 
@@ -84,6 +88,9 @@ public interface Driver {
 
     /** Frees device memory; address 0 is ignored. <i>Allocates, waits; not in capture.</i> */
     void memFree(long address);
+
+    /** What an address belongs to; empty if the driver knows no memory there. */
+    Optional<PointerInfo> pointer(long address);
 
     /** Memory of the device that is free and in all. */
     MemInfo memGetInfo();
@@ -165,6 +172,13 @@ public interface Driver {
 
     /** Ends a capture on the thread that began it and returns the graph. */
     long streamEndCapture(long stream);
+
+    /**
+     * Until the scope closes, this thread may make the calls that a capture forbids. They run at
+     * once and become no part of a graph; they must not touch a stream that is captured, nor the
+     * legacy default stream. Close it on the same thread.
+     */
+    Scope relaxCapture();
 
     // ------------------------------------------------------------------ graphs
 
@@ -275,6 +289,15 @@ public interface Driver {
 
     /** Unmaps the memory of another process. <i>Allocates; not in capture.</i> */
     void ipcCloseMemHandle(long address);
+
+    /**
+     * What an address belongs to.
+     *
+     * @param context the context it was allocated in; 0 if it belongs to none
+     * @param device number of the device
+     * @param anywhere whether every context reaches it: page-locked or managed memory
+     */
+    record PointerInfo(long context, int device, boolean anywhere) {}
 
     /**
      * Memory of a device.

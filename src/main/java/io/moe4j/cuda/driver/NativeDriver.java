@@ -3,7 +3,9 @@ package io.moe4j.cuda.driver;
 import java.lang.invoke.MethodHandles;
 import java.lang.invoke.VarHandle;
 import java.nio.ByteBuffer;
+import java.nio.ByteOrder;
 import java.util.Arrays;
+import java.util.Optional;
 import jcuda.NativePointerObject;
 import jcuda.Pointer;
 import jcuda.driver.CUcontext;
@@ -29,10 +31,16 @@ final class NativeDriver implements Driver {
     private static final int HOST_ALLOC_PORTABLE_DEVICEMAP = 0x01 | 0x02;
     private static final int STREAM_NON_BLOCKING = 1;
     private static final int CAPTURE_THREAD_LOCAL = 1;
+    private static final int CAPTURE_RELAXED = 2;
     private static final int CAPTURE_STATUS_NONE = 0;
     private static final int EVENT_DISABLE_TIMING = 2;
     private static final int IPC_LAZY_ENABLE_PEER_ACCESS = 1;
     private static final int IPC_HANDLE_BYTES = 64;
+    private static final int POINTER_CONTEXT = 1;
+    private static final int POINTER_MEMORY_TYPE = 2;
+    private static final int POINTER_IS_MANAGED = 8;
+    private static final int POINTER_DEVICE_ORDINAL = 9;
+    private static final int MEMORY_TYPE_HOST = 1;
 
     private static final VarHandle NATIVE_POINTER =
             field(NativePointerObject.class, "nativePointer", long.class);
@@ -181,6 +189,19 @@ final class NativeDriver implements Driver {
     }
 
     @Override
+    public int contextDevice() {
+        CUdevice current = new CUdevice();
+        check(Call.CTX_GET_DEVICE, "", () -> JCudaDriver.cuCtxGetDevice(current));
+        int count = deviceCount();
+        for (int ordinal = 0; ordinal < count; ordinal++) {
+            if (raw(device(ordinal)) == raw(current)) {
+                return ordinal;
+            }
+        }
+        throw failure(Call.CTX_GET_DEVICE, CudaErrors.INVALID_CONTEXT, "its device is not visible");
+    }
+
+    @Override
     public void contextPush(long context) {
         CUcontext handle = set(scratch.get().context, context);
         int code;
@@ -248,6 +269,29 @@ final class NativeDriver implements Driver {
         }
         CUdeviceptr handle = set(new CUdeviceptr(), address);
         check(Call.MEM_FREE, hex(address), () -> JCudaDriver.cuMemFree(handle));
+    }
+
+    @Override
+    public Optional<PointerInfo> pointer(long address) {
+        CUdeviceptr handle = set(new CUdeviceptr(), address);
+        ByteBuffer out = ByteBuffer.allocateDirect(8).order(ByteOrder.nativeOrder());
+        if (pointerAttribute(out, POINTER_MEMORY_TYPE, handle) != 0) {
+            return Optional.empty();
+        }
+        boolean anywhere = out.getInt(0) == MEMORY_TYPE_HOST;
+        // why: memory of a pool has no context, and what has none has no answer
+        anywhere |= pointerAttribute(out, POINTER_IS_MANAGED, handle) == 0 && out.getInt(0) != 0;
+        long context = pointerAttribute(out, POINTER_CONTEXT, handle) == 0 ? out.getLong(0) : 0L;
+        int code = pointerAttribute(out, POINTER_DEVICE_ORDINAL, handle);
+        if (code != 0) {
+            throw failure(Call.POINTER_GET_ATTRIBUTE, code, hex(address));
+        }
+        return Optional.of(new PointerInfo(context, out.getInt(0), anywhere));
+    }
+
+    private static int pointerAttribute(ByteBuffer out, int attribute, CUdeviceptr address) {
+        out.putLong(0, 0L);
+        return run(() -> JCudaDriver.cuPointerGetAttribute(Pointer.to(out), attribute, address));
     }
 
     @Override
@@ -495,6 +539,21 @@ final class NativeDriver implements Driver {
     }
 
     // ------------------------------------------------------------------ graphs
+
+    @Override
+    public Scope relaxCapture() {
+        int before = exchangeCaptureMode(CAPTURE_RELAXED);
+        return () -> exchangeCaptureMode(before);
+    }
+
+    private static int exchangeCaptureMode(int mode) {
+        int[] inOut = {mode};
+        check(
+                Call.THREAD_EXCHANGE_CAPTURE_MODE,
+                "",
+                () -> JCudaDriver.cuThreadExchangeStreamCaptureMode(inOut));
+        return inOut[0];
+    }
 
     @Override
     public long graphInstantiate(long graph) {

@@ -11,6 +11,7 @@ import java.util.HashMap;
 import java.util.LinkedHashMap;
 import java.util.List;
 import java.util.Map;
+import java.util.Optional;
 import java.util.TreeMap;
 import java.util.stream.Collectors;
 
@@ -95,10 +96,16 @@ public final class RecordingDriver implements Driver {
     private final Map<Long, Handle> handles = new LinkedHashMap<>();
     private final Map<Long, Capture> captures = new HashMap<>();
     private final Map<Integer, Long> primaryContexts = new HashMap<>();
+    private final Map<Long, Integer> foreignContexts = new HashMap<>();
+
+    /** Context of each block of device memory; 0 if it is not told. */
+    private final Map<Long, Long> contextOf = new HashMap<>();
+
     private final Map<Integer, Integer> primaryReferences = new HashMap<>();
     private final Map<Call, Integer> made = new EnumMap<>(Call.class);
     private final Map<Call, Map<Integer, Integer>> injected = new EnumMap<>(Call.class);
     private final Map<DeviceAttribute, Integer> attributes = new EnumMap<>(DeviceAttribute.class);
+    private final ThreadLocal<Integer> relaxed = ThreadLocal.withInitial(() -> 0);
     private final ThreadLocal<Deque<Long>> contexts = ThreadLocal.withInitial(ArrayDeque::new);
 
     private final int devices;
@@ -126,6 +133,9 @@ public final class RecordingDriver implements Driver {
         long module;
         boolean timing;
         boolean foreign;
+
+        /** Of a stream: the context it belongs to. */
+        long context;
 
         /** Of a graph: its nodes. */
         int nodes;
@@ -264,18 +274,48 @@ public final class RecordingDriver implements Driver {
         return this;
     }
 
-    /** A stream of another owner: usable here, not counted as a leak. */
+    /** A context that another owner created on a device, not its primary one. */
+    public synchronized long foreignContext(int device) {
+        long context = 0x4800_0000_0000L + (foreignContexts.size() + 1L) * HANDLE_STEP;
+        foreignContexts.put(context, device);
+        return context;
+    }
+
+    /** A stream of another owner: usable here in any context, not counted as a leak. */
     public synchronized long foreignStream() {
+        return foreignStream(0L);
+    }
+
+    /** A stream of another owner in one context: usable while that is current. */
+    public synchronized long foreignStream(long context) {
         long stream = newHandle(Kind.STREAM, "foreign stream");
         handles.get(stream).foreign = true;
+        handles.get(stream).context = context;
         return stream;
+    }
+
+    /** The other owner destroys its stream. */
+    public synchronized void destroyForeignStream(long stream) {
+        handles.remove(stream);
     }
 
     /** Memory of another owner: addressable here, not counted as allocated or as a leak. */
     public synchronized long foreignMemory(long bytes) {
+        return foreignMemory(bytes, 0L);
+    }
+
+    /** Memory of another owner, allocated in one context. */
+    public synchronized long foreignMemory(long bytes, long context) {
         long address = newAddress(bytes);
         foreign.put(address, bytes);
+        contextOf.put(address, context);
         return address;
+    }
+
+    /** The other owner frees its memory. */
+    public synchronized void freeForeignMemory(long address) {
+        foreign.remove(address);
+        contextOf.remove(address);
     }
 
     // ------------------------------------------------------------------ driver and devices
@@ -354,11 +394,22 @@ public final class RecordingDriver implements Driver {
     }
 
     @Override
+    public synchronized int contextDevice() {
+        begin(Call.CTX_GET_DEVICE, true);
+        return result(Call.CTX_GET_DEVICE, deviceOf(contexts.get().peek()));
+    }
+
+    private int deviceOf(long context) {
+        Integer device = foreignContexts.get(context);
+        return device != null ? device : (int) ((context - 0x4000_0000_0000L) / HANDLE_STEP);
+    }
+
+    @Override
     public synchronized void contextPush(long context) {
         begin(Call.CTX_PUSH_CURRENT, false);
-        int device = (int) ((context - 0x4000_0000_0000L) / HANDLE_STEP);
-        if (!primaryContexts.containsValue(context)
-                || primaryReferences.getOrDefault(device, 0) == 0) {
+        if (!foreignContexts.containsKey(context)
+                && (!primaryContexts.containsValue(context)
+                        || primaryReferences.getOrDefault(deviceOf(context), 0) == 0)) {
             fail(Call.CTX_PUSH_CURRENT, CudaErrors.INVALID_CONTEXT, hex(context));
         }
         contexts.get().push(context);
@@ -407,6 +458,7 @@ public final class RecordingDriver implements Driver {
         }
         long address = newAddress(bytes);
         memory.put(address, bytes);
+        contextOf.put(address, contexts.get().peek());
         account(bytes);
         return result(Call.MEM_ALLOC, address, bytes);
     }
@@ -418,6 +470,7 @@ public final class RecordingDriver implements Driver {
         }
         begin(Call.MEM_FREE, true);
         Long bytes = memory.remove(address);
+        contextOf.remove(address);
         if (bytes == null) {
             fail(
                     Call.MEM_FREE,
@@ -426,6 +479,29 @@ public final class RecordingDriver implements Driver {
         }
         account(-bytes);
         record(Call.MEM_FREE, null, address);
+    }
+
+    @Override
+    public synchronized Optional<PointerInfo> pointer(long address) {
+        begin(Call.POINTER_GET_ATTRIBUTE, true);
+        Optional<PointerInfo> info = lookUp(address);
+        record(Call.POINTER_GET_ATTRIBUTE, info.isPresent(), address);
+        return info;
+    }
+
+    private Optional<PointerInfo> lookUp(long address) {
+        for (TreeMap<Long, Long> owned : List.of(memory, foreign, imported)) {
+            Map.Entry<Long, Long> block = owned.floorEntry(address);
+            if (block != null && address < block.getKey() + block.getValue()) {
+                long context = contextOf.getOrDefault(block.getKey(), 0L);
+                return Optional.of(
+                        new PointerInfo(context, context == 0 ? 0 : deviceOf(context), false));
+            }
+        }
+        Map.Entry<Long, HostMemory> mapped = hostMemory.floorEntry(address);
+        return mapped != null && address < mapped.getKey() + mapped.getValue().size()
+                ? Optional.of(new PointerInfo(0L, 0, true))
+                : Optional.empty();
     }
 
     @Override
@@ -559,7 +635,9 @@ public final class RecordingDriver implements Driver {
     @Override
     public synchronized long streamCreate() {
         begin(Call.STREAM_CREATE, true);
-        return result(Call.STREAM_CREATE, newHandle(Kind.STREAM, "stream"));
+        long stream = newHandle(Kind.STREAM, "stream");
+        handles.get(stream).context = contexts.get().peek();
+        return result(Call.STREAM_CREATE, stream);
     }
 
     @Override
@@ -652,6 +730,14 @@ public final class RecordingDriver implements Driver {
     }
 
     // ------------------------------------------------------------------ graphs
+
+    @Override
+    public synchronized Scope relaxCapture() {
+        begin(Call.THREAD_EXCHANGE_CAPTURE_MODE, false);
+        record(Call.THREAD_EXCHANGE_CAPTURE_MODE, null);
+        relaxed.set(relaxed.get() + 1);
+        return () -> relaxed.set(relaxed.get() - 1);
+    }
 
     @Override
     public synchronized long graphInstantiate(long graph) {
@@ -966,7 +1052,7 @@ public final class RecordingDriver implements Driver {
             fail(call, poisonCode, "");
         }
         Capture capture = captureOfThread();
-        if (capture != null && !call.legalInCapture()) {
+        if (capture != null && !call.legalInCapture() && relaxed.get() == 0) {
             capture.broken = true;
             fail(call, CudaErrors.STREAM_CAPTURE_UNSUPPORTED, "");
         }
@@ -1008,7 +1094,14 @@ public final class RecordingDriver implements Driver {
         if (stream == 0) {
             return new Handle(Kind.STREAM, "legacy default stream");
         }
-        return require(Call.STREAM_QUERY, Kind.STREAM, stream);
+        Handle handle = require(Call.STREAM_QUERY, Kind.STREAM, stream);
+        if (handle.context != 0 && handle.context != contexts.get().peek()) {
+            fail(
+                    Call.STREAM_QUERY,
+                    CudaErrors.INVALID_HANDLE,
+                    hex(stream) + " is a stream of context " + hex(handle.context));
+        }
+        return handle;
     }
 
     private void requireIdle(Call call, long stream) {
@@ -1100,7 +1193,8 @@ public final class RecordingDriver implements Driver {
     }
 
     private void record(Call call, Object result, Object... arguments) {
-        calls.add(new Recorded(call, List.of(arguments), result, captureOfThread() != null));
+        boolean inCapture = captureOfThread() != null && relaxed.get() == 0;
+        calls.add(new Recorded(call, List.of(arguments), result, inCapture));
     }
 
     private static void fail(Call call, int code, String detail) {

@@ -43,6 +43,7 @@ public final class FakeCudaMain {
         try (Context context = new Context(driver, 1)) {
             try (Scope scope = context.enter()) {
                 same(context.handle(), driver.contextCurrent(), "current");
+                same(1, driver.contextDevice(), "device of the context");
                 driver.contextEnablePeerAccess(0xc000);
                 driver.contextSynchronize();
                 memory(driver);
@@ -57,6 +58,11 @@ public final class FakeCudaMain {
     private static void memory(Driver driver) {
         long a = driver.memAlloc(64);
         long b = driver.memAlloc(64);
+        same(
+                new Driver.PointerInfo(0xc001, 1, false),
+                driver.pointer(a).orElseThrow(),
+                "what an address belongs to");
+        same(true, driver.pointer(4096).isEmpty(), "unknown memory");
         HostMemory host = driver.hostAlloc(64);
         ByteBuffer direct = ByteBuffer.allocateDirect(64).order(ByteOrder.LITTLE_ENDIAN);
         driver.memsetD32(a, 0x01020304, 16);
@@ -118,6 +124,10 @@ public final class FakeCudaMain {
         driver.streamSynchronize(stream);
         CudaException lost = fails(719, () -> driver.streamSynchronize(0xdead));
         same(true, lost.poisonsContext(), "719 poisons");
+        try (Scope relaxed = driver.relaxCapture();
+                Scope again = driver.relaxCapture()) {
+            driver.streamSynchronize(stream);
+        }
         driver.eventDestroy(event);
         driver.eventDestroy(quick);
         driver.streamDestroy(stream);

@@ -4,6 +4,7 @@ import static org.assertj.core.api.Assertions.assertThat;
 import static org.junit.jupiter.api.Assumptions.assumeTrue;
 
 import io.moe4j.cuda.ChildJvm;
+import io.moe4j.engines.EngineSmoke;
 import java.nio.file.Files;
 import java.nio.file.Path;
 import java.util.List;
@@ -40,6 +41,18 @@ class NativeDriverFakeTest {
         try (var left = Files.list(tmp)) {
             assertThat(left).as("nothing stays in java.io.tmpdir").isEmpty();
         }
+    }
+
+    /** The engine of the contract's GPU tests makes its own calls. */
+    @Test
+    void shouldRunAnEngineInPlainJCuda() throws Exception {
+        ChildJvm.Result result =
+                ChildJvm.run(
+                        Map.of("LD_LIBRARY_PATH", directory.toString()),
+                        List.of(),
+                        EngineSmoke.class.getName());
+        assertThat(result.output()).contains("OK");
+        assertThat(result.exit()).isZero();
     }
 
     @Test

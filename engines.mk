@@ -1,0 +1,20 @@
+# Included by the Makefile: moe4j in engines that need a newer JDK than moe4j does. Maven and the
+# tests run on the newest JDK that is installed; without one this says so and goes on.
+ENGINES_JDK ?= $(shell sh src/main/bundle/newest-jdk.sh javac 22)
+
+.PHONY: engines engines-test
+
+engines: demo-build engines-test ## build moe4j and test it in engines that need JDK 22 or newer
+
+# why: `make test` comes here with the jar that it has just tested
+engines-test:
+	@set -e; jdk="$(ENGINES_JDK)"; \
+	if [ -z "$$jdk" ]; then \
+	    echo "engines: skipped: no JDK 22 or newer found (JAVA_HOME, JAVA_HOME_*, /usr/lib/jvm, ~/.sdkman); moe4j itself needs 17"; \
+	else \
+	    echo "engines: $$jdk"; \
+	    "$$jdk/bin/jar" --create --no-compress --file target/moe4j-tests.jar -C target/test-classes io; \
+	    JAVA_HOME="$$jdk" $(MVN) -B -f engines/pom.xml $(ENGINES_GOAL); \
+	fi
+
+ENGINES_GOAL ?= verify
