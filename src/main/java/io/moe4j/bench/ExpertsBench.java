@@ -49,24 +49,34 @@ public final class ExpertsBench {
         List<BenchRow> rows = new ArrayList<>();
         for (int i = 0; i < cases.size(); i++) {
             BenchCase benchCase = cases.get(i);
-            rows.addAll(options.backend().equals("cuda") ? onCuda(benchCase) : onCpu(benchCase));
+            rows.addAll(measure(benchCase));
             options.progress().progress(i + 1, cases.size());
         }
         return rows;
     }
 
     /**
-     * Measures all cases, and a dense product before and after them: the faster one becomes the
-     * last row, because what a long run does to the clocks must not make our share look better.
+     * Measures all cases, and a dense product before and after each prefill: the faster one becomes
+     * the row that follows it. why around each: both heat the GPU, whose clock falls by a third
+     * within a second, and the product must run at the clock of what is judged by it.
      */
     public List<BenchRow> runBesideDense(List<BenchCase> cases) {
-        Optional<BenchRow> before = dense();
-        List<BenchRow> rows = run(cases);
-        Optional<BenchRow> after = before.isPresent() ? dense() : before;
-        Stream.concat(before.stream(), after.stream())
-                .min(Comparator.comparingDouble(BenchRow::medianUs))
-                .ifPresent(rows::add);
+        List<BenchRow> rows = new ArrayList<>();
+        for (int i = 0; i < cases.size(); i++) {
+            boolean prefill = cases.get(i).number() >= Prefill.FIRST_NUMBER;
+            Optional<BenchRow> before = prefill ? dense() : Optional.empty();
+            rows.addAll(measure(cases.get(i)));
+            Optional<BenchRow> after = before.isPresent() ? dense() : before;
+            Stream.concat(before.stream(), after.stream())
+                    .min(Comparator.comparingDouble(BenchRow::medianUs))
+                    .ifPresent(rows::add);
+            options.progress().progress(i + 1, cases.size());
+        }
         return rows;
+    }
+
+    private List<BenchRow> measure(BenchCase benchCase) {
+        return options.backend().equals("cuda") ? onCuda(benchCase) : onCpu(benchCase);
     }
 
     MoeConfig config(BenchCase benchCase, RandomWeights vectors) {
@@ -157,10 +167,11 @@ public final class ExpertsBench {
             BenchCase benchCase, CudaProbe probe, LayerSet layers, int sets, double error) {
         List<BenchRow> rows = new ArrayList<>();
         CudaTimer timer = new CudaTimer(probe, options.sampleMs());
+        List<BoundStep> all = CudaProbe.rotatingWeights(layers.steps());
         try (Baseline baseline = new Baseline(benchCase, probe, timer, sets)) {
             for (Stage stage : List.of(Stage.G1, Stage.G2, Stage.CHAIN)) {
                 int rotating = Math.min(sets, wantedSets(benchCase, stage));
-                List<BoundStep> steps = layers.steps().subList(0, rotating);
+                List<BoundStep> steps = all.subList(0, rotating);
                 Part part = part(stage);
                 Sample sample = timer.time(rounds -> work(probe, steps, part, rounds), rotating);
                 rows.add(

@@ -84,12 +84,28 @@ public record Summary(
     }
 
     private static Double denseTflops(BenchReport report) {
-        for (BenchRow row : report.rows()) {
-            if (row.stage().equals(Stage.DENSE.id())) {
-                return row.tflops();
+        return denseTflops(report, report.rows());
+    }
+
+    /** Of the first dense product among the rows, else of that of the peers. */
+    private static Double denseTflops(BenchReport report, List<BenchRow> rows) {
+        return rows.stream()
+                .filter(row -> row.stage().equals(Stage.DENSE.id()))
+                .findFirst()
+                .map(BenchRow::tflops)
+                .orElse(report.peers() == null ? null : report.peers().denseTflops());
+    }
+
+    /** Prefill is judged by the dense product that follows it. */
+    private static List<DenseShare> prefill(BenchReport report) {
+        List<DenseShare> shares = new ArrayList<>();
+        List<BenchRow> rows = report.rows();
+        for (int i = 0; i < rows.size(); i++) {
+            if (rows.get(i).floorUs() != null && rows.get(i).isPrefill()) {
+                shares.add(dense(rows.get(i), denseTflops(report, rows.subList(i, rows.size()))));
             }
         }
-        return report.peers() == null ? null : report.peers().denseTflops();
+        return shares;
     }
 
     /** The summary of a report whose rows have floors. */
@@ -106,7 +122,6 @@ public record Summary(
                 means.add(means(stage, mine));
             }
         }
-        Double dense = denseTflops(report);
         return new Summary(
                 means,
                 beside.stream()
@@ -118,7 +133,7 @@ public record Summary(
                         .filter(row -> row.fastestPeerUs() > FAR_FROM_FLOOR * row.floorUs())
                         .map(Standing::of)
                         .toList(),
-                rows.stream().filter(BenchRow::isPrefill).map(r -> dense(r, dense)).toList());
+                prefill(report));
     }
 
     private static StageMeans means(Stage stage, List<BenchRow> rows) {

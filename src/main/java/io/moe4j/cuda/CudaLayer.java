@@ -196,7 +196,7 @@ final class CudaLayer implements MoeLayer {
                 for (int rank = 0; rank < ranks.size(); rank++) {
                     validate(rank, ranks.get(rank));
                 }
-                CudaStep step = pack(ranks, handles[handle]);
+                CudaStep step = pack(ranks, handles[handle], weightsBase);
                 steps.add(step);
                 return step;
             }
@@ -318,13 +318,15 @@ final class CudaLayer implements MoeLayer {
                 });
     }
 
-    private CudaStep pack(List<StepTensors> ranks, CudaHandle handle) {
+    private CudaStep pack(List<StepTensors> ranks, CudaHandle handle, long weightsBase) {
         int size = DeviceStructs.LOCAL_RANK.size();
         ByteBuffer locals =
                 ByteBuffer.allocateDirect(ranks.size() * size).order(ByteOrder.LITTLE_ENDIAN);
         for (int rank = 0; rank < ranks.size(); rank++) {
             locals.position(rank * size);
-            packRank(DeviceStructs.LOCAL_RANK.writer(locals), rank, ranks.get(rank), handle);
+            CStruct.Writer to = DeviceStructs.LOCAL_RANK.writer(locals);
+            packRank(to, rank, ranks.get(rank), handle);
+            packWeights(to, rank, weightsBase);
         }
         DeviceBuffer buffer = new DeviceBuffer(context, locals.capacity());
         try (Scope scope = context.enter()) {
@@ -384,20 +386,31 @@ final class CudaLayer implements MoeLayer {
         }
         to.put("error", handle.errorAddress(rank));
         to.put("counters", handle.countersAddress(rank));
-        long firstExpert = (long) rank * config.expertsPerRank();
-        putExpertSlice(to, "w_gate_up", firstExpert);
-        putExpertSlice(to, "w_down", firstExpert);
-        putExpertSlice(to, "bias_gate_up", firstExpert);
-        putExpertSlice(to, "bias_down", firstExpert);
     }
 
     /** A rank's experts are consecutive in the layer's buffers. */
-    private void putExpertSlice(CStruct.Writer to, String buffer, long firstExpert) {
-        long base = layout.weights().address(weightsBase, buffer);
-        if (base != 0 && firstExpert < config.shape().experts()) {
-            base += layout.weights().field(buffer).bytes() / config.shape().experts() * firstExpert;
+    private void packWeights(CStruct.Writer to, int rank, long weightsBase) {
+        int experts = config.shape().experts();
+        long first = (long) rank * config.expertsPerRank();
+        for (String buffer : List.of("w_gate_up", "w_down", "bias_gate_up", "bias_down")) {
+            long base = layout.weights().address(weightsBase, buffer);
+            if (base != 0 && first < experts) {
+                base += layout.weights().field(buffer).bytes() / experts * first;
+            }
+            to.put(buffer, base);
         }
-        to.put(buffer, base);
+    }
+
+    /**
+     * For benches: a step on the same buffers with the weights of another layer of this
+     * configuration, which must stay open as long.
+     */
+    CudaStep withWeightsOf(CudaStep step, CudaLayer other) {
+        requirePrepared();
+        other.requirePrepared();
+        CudaStep twin = pack(step.tensors(), step.handle(), other.weightsBase);
+        steps.add(twin);
+        return twin;
     }
 
     private static long address(Tensor tensor) {

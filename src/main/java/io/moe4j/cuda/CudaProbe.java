@@ -131,6 +131,21 @@ public final class CudaProbe implements AutoCloseable {
         cuda.cudaLayer().launchExperts(stream(), cuda, part);
     }
 
+    /**
+     * Steps on the buffers of the first with the weights of each in turn: weights are then cold,
+     * and rows are where a dispatch has just left them. All layers have one configuration and stay
+     * open.
+     */
+    public static List<BoundStep> rotatingWeights(List<? extends BoundStep> steps) {
+        CudaStep first = (CudaStep) steps.get(0);
+        List<BoundStep> rotating = new ArrayList<>();
+        for (BoundStep step : steps) {
+            CudaLayer other = ((CudaStep) step).cudaLayer();
+            rotating.add(step == first ? first : first.cudaLayer().withWeightsOf(first, other));
+        }
+        return rotating;
+    }
+
     /** Captures {@code rounds} rounds of a part of the experts phase over steps of any layers. */
     public MoeGraph captureExperts(List<? extends BoundStep> steps, Part part, int rounds) {
         Set<CudaLayer> pinned = Collections.newSetFromMap(new IdentityHashMap<>());

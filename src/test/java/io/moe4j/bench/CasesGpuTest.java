@@ -100,7 +100,8 @@ class CasesGpuTest {
             layers.runAll();
             float[] out = layers.output(0);
             String kernels =
-                    String.join("+", CudaProbe.kernels(layers.steps().get(0), CudaProbe.Part.CHAIN));
+                    String.join(
+                            "+", CudaProbe.kernels(layers.steps().get(0), CudaProbe.Part.CHAIN));
             double error = gemm.equals("mma") ? worst(layers.layer().config(), input, out, one) : 0;
             ran.put(kernels.replace("moe_", ""), error);
             return out;

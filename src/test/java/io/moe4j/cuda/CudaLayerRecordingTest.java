@@ -307,7 +307,7 @@ class CudaLayerRecordingTest {
                 long graph = driver.streamEndCapture(stream);
                 assertThat(driver.graphNodeCount(graph))
                         .as("the kernels of the step and nothing of bind")
-                        .isEqualTo(10);
+                        .isEqualTo(9);
                 driver.graphDestroy(graph);
 
                 driver.streamBeginCapture(stream);

@@ -32,7 +32,9 @@ public final class LoadedKernels implements AutoCloseable {
     /** With fewer tiles an SM than this, the long items of many rows would end too late. */
     private static final int WIDE_TILES = 4;
 
-    /** From so many rows an expert on, tensor cores are the limit: pairs of blocks share weights. */
+    /**
+     * From so many rows an expert on, tensor cores are the limit: pairs of blocks share weights.
+     */
     private static final int PREFILL_ROWS = 192;
 
     private final KernelModule module;
@@ -62,8 +64,7 @@ public final class LoadedKernels implements AutoCloseable {
                                 def.pdl() && pdl));
             }
             String gemm = gemm(config, sms);
-            String alone =
-                    gemm.equals(MMA) || gemm.equals(PREFILL) ? gemm : FUSED;
+            String alone = gemm.equals(MMA) || gemm.equals(PREFILL) ? gemm : FUSED;
             gateUp = kernel("moe_gate_up_" + alone);
             down = kernel("moe_down_" + alone);
             for (Phase phase : Phase.values()) {
@@ -121,7 +122,9 @@ public final class LoadedKernels implements AutoCloseable {
         String wanted = System.getProperty("moe4j.cuda.gemm", "");
         if (!List.of("", "mma", "wgmma", "wide", "prefill", "split").contains(wanted)) {
             throw new IllegalArgumentException(
-                    "moe4j.cuda.gemm=" + wanted + " is none of mma, wgmma, wide, prefill and split");
+                    "moe4j.cuda.gemm="
+                            + wanted
+                            + " is none of mma, wgmma, wide, prefill and split");
         }
         boolean hopper = bySymbol.containsKey("moe_experts_wgmma");
         if (!hopper && !List.of("", "mma").contains(wanted)) {
