@@ -25,7 +25,7 @@
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/registers.cuh"
 #include "../ptx/stmatrix.cuh"
-#include "../ptx/wgmma_prefix.cuh"
+#include "../ptx/wgmma.cuh"
 #include "gemm_epilogue.cuh"
 
 namespace moe::prefill {

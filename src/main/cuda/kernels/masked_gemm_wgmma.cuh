@@ -417,7 +417,7 @@ __device__ __forceinline__ Leaving multiply_k_block(float (&acc)[kColumns / 8][4
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kTileCols / 16; step++) {
-        ptx::wgmma_k16(acc, a + 2 * step, b + 2 * step);
+        ptx::wgmma_k16(ptx::Columns<kColumns>(), acc, a + 2 * step, b + 2 * step, 1);
     }
     ptx::wgmma_commit();
     Leaving leaving = {barrier_at(rings.weights_free, at.weights.index), 0};

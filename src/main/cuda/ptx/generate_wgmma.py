@@ -1,27 +1,7 @@
 #!/usr/bin/env python3
-"""Writes wgmma.cuh and wgmma_prefix.cuh: one overload for each number of columns. Run it here after
-changing a list."""
+"""Writes wgmma.cuh: one overload for each number of columns. Run it here after changing the list."""
 
-COLUMNS = [8, 16, 24, 32, 48, 64, 80, 96, 128, 176, 224]
-PREFIX_COLUMNS = [8, 16, 32, 48, 64, 80] + list(range(96, 153, 8))
-
-PREFIX_HEAD = """// Warpgroup matrix products into the first columns of wider accumulators. Written by generate_wgmma.py.
-#pragma once
-#include "wgmma.cuh"
-
-namespace moe::ptx {
-
-template <int kColumns>
-struct Columns {};
-
-// As wgmma_descriptor, of every second group of 8 rows.
-__device__ __forceinline__ uint64_t wgmma_descriptor_of_alternate_rows(uint32_t shared_address) {
-    return static_cast<uint64_t>((shared_address & 0x3ffff) >> 4) | (1ull << 16) |
-           (static_cast<uint64_t>(2048 >> 4) << 32) | (1ull << 62);
-}
-
-// d[64][n] = a[64][16] * b[16][n] + (add ? d : 0), as wgmma_k16.
-"""
+COLUMNS = [8, 16, 24, 32, 48, 64, 80] + list(range(96, 153, 8)) + [176, 224]
 
 HEAD = """// Warpgroup matrix products (PTX ISA 9.7.15). Written by generate_wgmma.py.
 #pragma once
@@ -51,8 +31,18 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t shared_address) {
            (static_cast<uint64_t>(1024 >> 4) << 32) | (1ull << 62);
 }
 
-// d[64][n] += a[64][16] * b[16][n], bf16 in shared memory, f32 accumulators. d[j] is the lane's part
-// of columns 8j .. 8j + 7, as in mma_m16n8k16_bf16; warp w of the warpgroup has rows 16w .. 16w + 15.
+// As wgmma_descriptor, of every second group of 8 rows.
+__device__ __forceinline__ uint64_t wgmma_descriptor_of_alternate_rows(uint32_t shared_address) {
+    return static_cast<uint64_t>((shared_address & 0x3ffff) >> 4) | (1ull << 16) |
+           (static_cast<uint64_t>(2048 >> 4) << 32) | (1ull << 62);
+}
+
+template <int kColumns>
+struct Columns {};
+
+// d[64][n] = a[64][16] * b[16][n] + (add ? d : 0), bf16 in shared memory, f32 accumulators, in the first
+// columns of d. d[j] is the lane's part of columns 8j .. 8j + 7, as in mma_m16n8k16_bf16; warp w of the
+// warpgroup has rows 16w .. 16w + 15.
 """
 
 
@@ -66,39 +56,24 @@ def overload(n):
     for j in range(n // 8):
         outs.append(", ".join(f'"+f"(d[{j}][{i}])' for i in range(4)))
     joined = ",\n          ".join(outs)
-    text = f"__device__ __forceinline__ void wgmma_k16(float (&d)[{n // 8}][4], uint64_t a, uint64_t b) {{\n"
+    text = "template <int kBlocks>\n"
+    text += f"__device__ __forceinline__ void wgmma_k16(Columns<{n}>, float (&d)[kBlocks][4], uint64_t a, uint64_t b,\n"
+    text += "                                          int add) {\n"
     text += "    asm volatile(\n"
-    text += '        "{\\n.reg .pred add;\\nsetp.eq.u32 add, 0, 0;\\n"\n'
+    text += f'        "{{\\n.reg .pred add;\\nsetp.ne.b32 add, %{regs + 2}, 0;\\n"\n'
     text += f'        "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 {{"\n'
     text += "\n".join(lines) + "\n"
     text += f'        "}}, %{regs}, %{regs + 1}, add, 1, 1, 0, 0;\\n}}\\n"\n'
     text += f"        : {joined}\n"
-    text += '        : "l"(a), "l"(b));\n}\n'
+    text += '        : "l"(a), "l"(b), "r"(add));\n}\n'
     return text
-
-
-def prefix_overload(n):
-    text = overload(n)
-    signature, body = text.split("\n", 1)
-    regs = n // 2
-    body = body.replace("setp.eq.u32 add, 0, 0;", f"setp.ne.b32 add, %{regs + 2}, 0;")
-    body = body.replace('"l"(a), "l"(b));', '"l"(a), "l"(b), "r"(add));')
-    return (
-        "template <int kBlocks>\n"
-        f"__device__ __forceinline__ void wgmma_k16(Columns<{n}>, float (&d)[kBlocks][4], uint64_t a, uint64_t b,\n"
-        f"                                          int add) {{\n{body}"
-    )
 
 
 if __name__ == "__main__":
     import os
 
     folder = os.path.dirname(os.path.abspath(__file__))
-    for name, head, overloads in (
-        ("wgmma.cuh", HEAD, map(overload, COLUMNS)),
-        ("wgmma_prefix.cuh", PREFIX_HEAD, map(prefix_overload, PREFIX_COLUMNS)),
-    ):
-        with open(os.path.join(folder, name), "w") as out:
-            out.write(head)
-            out.write("\n".join(overloads))
-            out.write("\n}  // namespace moe::ptx\n")
+    with open(os.path.join(folder, "wgmma.cuh"), "w") as out:
+        out.write(HEAD)
+        out.write("\n".join(map(overload, COLUMNS)))
+        out.write("\n}  // namespace moe::ptx\n")

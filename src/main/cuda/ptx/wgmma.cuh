@@ -26,32 +26,48 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t shared_address) {
            (static_cast<uint64_t>(1024 >> 4) << 32) | (1ull << 62);
 }
 
-// d[64][n] += a[64][16] * b[16][n], bf16 in shared memory, f32 accumulators. d[j] is the lane's part
-// of columns 8j .. 8j + 7, as in mma_m16n8k16_bf16; warp w of the warpgroup has rows 16w .. 16w + 15.
-__device__ __forceinline__ void wgmma_k16(float (&d)[1][4], uint64_t a, uint64_t b) {
+// As wgmma_descriptor, of every second group of 8 rows.
+__device__ __forceinline__ uint64_t wgmma_descriptor_of_alternate_rows(uint32_t shared_address) {
+    return static_cast<uint64_t>((shared_address & 0x3ffff) >> 4) | (1ull << 16) |
+           (static_cast<uint64_t>(2048 >> 4) << 32) | (1ull << 62);
+}
+
+template <int kColumns>
+struct Columns {};
+
+// d[64][n] = a[64][16] * b[16][n] + (add ? d : 0), bf16 in shared memory, f32 accumulators, in the first
+// columns of d. d[j] is the lane's part of columns 8j .. 8j + 7, as in mma_m16n8k16_bf16; warp w of the
+// warpgroup has rows 16w .. 16w + 15.
+template <int kBlocks>
+__device__ __forceinline__ void wgmma_k16(Columns<8>, float (&d)[kBlocks][4], uint64_t a, uint64_t b,
+                                          int add) {
     asm volatile(
-        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %6, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
         "%0, %1, %2, %3"
         "}, %4, %5, add, 1, 1, 0, 0;\n}\n"
         : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3])
-        : "l"(a), "l"(b));
+        : "l"(a), "l"(b), "r"(add));
 }
 
-__device__ __forceinline__ void wgmma_k16(float (&d)[2][4], uint64_t a, uint64_t b) {
+template <int kBlocks>
+__device__ __forceinline__ void wgmma_k16(Columns<16>, float (&d)[kBlocks][4], uint64_t a, uint64_t b,
+                                          int add) {
     asm volatile(
-        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %10, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
         "%0, %1, %2, %3, %4, %5, %6, %7"
         "}, %8, %9, add, 1, 1, 0, 0;\n}\n"
         : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]),
           "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3])
-        : "l"(a), "l"(b));
+        : "l"(a), "l"(b), "r"(add));
 }
 
-__device__ __forceinline__ void wgmma_k16(float (&d)[3][4], uint64_t a, uint64_t b) {
+template <int kBlocks>
+__device__ __forceinline__ void wgmma_k16(Columns<24>, float (&d)[kBlocks][4], uint64_t a, uint64_t b,
+                                          int add) {
     asm volatile(
-        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %14, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n24k16.f32.bf16.bf16 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, "
         "%8, %9, %10, %11"
@@ -59,12 +75,14 @@ __device__ __forceinline__ void wgmma_k16(float (&d)[3][4], uint64_t a, uint64_t
         : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]),
           "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
           "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3])
-        : "l"(a), "l"(b));
+        : "l"(a), "l"(b), "r"(add));
 }
 
-__device__ __forceinline__ void wgmma_k16(float (&d)[4][4], uint64_t a, uint64_t b) {
+template <int kBlocks>
+__device__ __forceinline__ void wgmma_k16(Columns<32>, float (&d)[kBlocks][4], uint64_t a, uint64_t b,
+                                          int add) {
     asm volatile(
-        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %18, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, "
         "%8, %9, %10, %11, %12, %13, %14, %15"
@@ -73,12 +91,14 @@ __device__ __forceinline__ void wgmma_k16(float (&d)[4][4], uint64_t a, uint64_t
           "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
           "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
           "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3])
-        : "l"(a), "l"(b));
+        : "l"(a), "l"(b), "r"(add));
 }
 
-__device__ __forceinline__ void wgmma_k16(float (&d)[6][4], uint64_t a, uint64_t b) {
+template <int kBlocks>
+__device__ __forceinline__ void wgmma_k16(Columns<48>, float (&d)[kBlocks][4], uint64_t a, uint64_t b,
+                                          int add) {
     asm volatile(
-        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %26, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, "
         "%8, %9, %10, %11, %12, %13, %14, %15, "
@@ -90,12 +110,14 @@ __device__ __forceinline__ void wgmma_k16(float (&d)[6][4], uint64_t a, uint64_t
           "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
           "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),
           "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3])
-        : "l"(a), "l"(b));
+        : "l"(a), "l"(b), "r"(add));
 }
 
-__device__ __forceinline__ void wgmma_k16(float (&d)[8][4], uint64_t a, uint64_t b) {
+template <int kBlocks>
+__device__ __forceinline__ void wgmma_k16(Columns<64>, float (&d)[kBlocks][4], uint64_t a, uint64_t b,
+                                          int add) {
     asm volatile(
-        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, "
         "%8, %9, %10, %11, %12, %13, %14, %15, "
@@ -110,12 +132,14 @@ __device__ __forceinline__ void wgmma_k16(float (&d)[8][4], uint64_t a, uint64_t
           "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
           "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),
           "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
-        : "l"(a), "l"(b));
+        : "l"(a), "l"(b), "r"(add));
 }
 
-__device__ __forceinline__ void wgmma_k16(float (&d)[10][4], uint64_t a, uint64_t b) {
+template <int kBlocks>
+__device__ __forceinline__ void wgmma_k16(Columns<80>, float (&d)[kBlocks][4], uint64_t a, uint64_t b,
+                                          int add) {
     asm volatile(
-        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %42, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, "
         "%8, %9, %10, %11, %12, %13, %14, %15, "
@@ -133,12 +157,14 @@ __device__ __forceinline__ void wgmma_k16(float (&d)[10][4], uint64_t a, uint64_
           "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3]),
           "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]),
           "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3])
-        : "l"(a), "l"(b));
+        : "l"(a), "l"(b), "r"(add));
 }
 
-__device__ __forceinline__ void wgmma_k16(float (&d)[12][4], uint64_t a, uint64_t b) {
+template <int kBlocks>
+__device__ __forceinline__ void wgmma_k16(Columns<96>, float (&d)[kBlocks][4], uint64_t a, uint64_t b,
+                                          int add) {
     asm volatile(
-        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %50, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, "
         "%8, %9, %10, %11, %12, %13, %14, %15, "
@@ -159,12 +185,108 @@ __device__ __forceinline__ void wgmma_k16(float (&d)[12][4], uint64_t a, uint64_
           "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3]),
           "+f"(d[10][0]), "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]),
           "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3])
-        : "l"(a), "l"(b));
+        : "l"(a), "l"(b), "r"(add));
 }
 
-__device__ __forceinline__ void wgmma_k16(float (&d)[16][4], uint64_t a, uint64_t b) {
+template <int kBlocks>
+__device__ __forceinline__ void wgmma_k16(Columns<104>, float (&d)[kBlocks][4], uint64_t a, uint64_t b,
+                                          int add) {
     asm volatile(
-        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %54, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n104k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, "
+        "%8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, "
+        "%24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, "
+        "%40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51"
+        "}, %52, %53, add, 1, 1, 0, 0;\n}\n"
+        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]),
+          "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
+          "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
+          "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
+          "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),
+          "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
+          "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),
+          "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3]),
+          "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]),
+          "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3]),
+          "+f"(d[10][0]), "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]),
+          "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]),
+          "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3])
+        : "l"(a), "l"(b), "r"(add));
+}
+
+template <int kBlocks>
+__device__ __forceinline__ void wgmma_k16(Columns<112>, float (&d)[kBlocks][4], uint64_t a, uint64_t b,
+                                          int add) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %58, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n112k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, "
+        "%8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, "
+        "%24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, "
+        "%40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55"
+        "}, %56, %57, add, 1, 1, 0, 0;\n}\n"
+        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]),
+          "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
+          "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
+          "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
+          "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),
+          "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
+          "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),
+          "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3]),
+          "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]),
+          "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3]),
+          "+f"(d[10][0]), "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]),
+          "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]),
+          "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]),
+          "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), "+f"(d[13][3])
+        : "l"(a), "l"(b), "r"(add));
+}
+
+template <int kBlocks>
+__device__ __forceinline__ void wgmma_k16(Columns<120>, float (&d)[kBlocks][4], uint64_t a, uint64_t b,
+                                          int add) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %62, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n120k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, "
+        "%8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, "
+        "%24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, "
+        "%40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, "
+        "%56, %57, %58, %59"
+        "}, %60, %61, add, 1, 1, 0, 0;\n}\n"
+        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]),
+          "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
+          "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
+          "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
+          "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),
+          "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
+          "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),
+          "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3]),
+          "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]),
+          "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3]),
+          "+f"(d[10][0]), "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]),
+          "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]),
+          "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]),
+          "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), "+f"(d[13][3]),
+          "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3])
+        : "l"(a), "l"(b), "r"(add));
+}
+
+template <int kBlocks>
+__device__ __forceinline__ void wgmma_k16(Columns<128>, float (&d)[kBlocks][4], uint64_t a, uint64_t b,
+                                          int add) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, "
         "%8, %9, %10, %11, %12, %13, %14, %15, "
@@ -191,12 +313,126 @@ __device__ __forceinline__ void wgmma_k16(float (&d)[16][4], uint64_t a, uint64_
           "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), "+f"(d[13][3]),
           "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]),
           "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3])
-        : "l"(a), "l"(b));
+        : "l"(a), "l"(b), "r"(add));
 }
 
-__device__ __forceinline__ void wgmma_k16(float (&d)[22][4], uint64_t a, uint64_t b) {
+template <int kBlocks>
+__device__ __forceinline__ void wgmma_k16(Columns<136>, float (&d)[kBlocks][4], uint64_t a, uint64_t b,
+                                          int add) {
     asm volatile(
-        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %70, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n136k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, "
+        "%8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, "
+        "%24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, "
+        "%40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, "
+        "%56, %57, %58, %59, %60, %61, %62, %63, "
+        "%64, %65, %66, %67"
+        "}, %68, %69, add, 1, 1, 0, 0;\n}\n"
+        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]),
+          "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
+          "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
+          "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
+          "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),
+          "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
+          "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),
+          "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3]),
+          "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]),
+          "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3]),
+          "+f"(d[10][0]), "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]),
+          "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]),
+          "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]),
+          "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), "+f"(d[13][3]),
+          "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]),
+          "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3]),
+          "+f"(d[16][0]), "+f"(d[16][1]), "+f"(d[16][2]), "+f"(d[16][3])
+        : "l"(a), "l"(b), "r"(add));
+}
+
+template <int kBlocks>
+__device__ __forceinline__ void wgmma_k16(Columns<144>, float (&d)[kBlocks][4], uint64_t a, uint64_t b,
+                                          int add) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %74, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n144k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, "
+        "%8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, "
+        "%24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, "
+        "%40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, "
+        "%56, %57, %58, %59, %60, %61, %62, %63, "
+        "%64, %65, %66, %67, %68, %69, %70, %71"
+        "}, %72, %73, add, 1, 1, 0, 0;\n}\n"
+        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]),
+          "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
+          "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
+          "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
+          "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),
+          "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
+          "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),
+          "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3]),
+          "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]),
+          "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3]),
+          "+f"(d[10][0]), "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]),
+          "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]),
+          "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]),
+          "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), "+f"(d[13][3]),
+          "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]),
+          "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3]),
+          "+f"(d[16][0]), "+f"(d[16][1]), "+f"(d[16][2]), "+f"(d[16][3]),
+          "+f"(d[17][0]), "+f"(d[17][1]), "+f"(d[17][2]), "+f"(d[17][3])
+        : "l"(a), "l"(b), "r"(add));
+}
+
+template <int kBlocks>
+__device__ __forceinline__ void wgmma_k16(Columns<152>, float (&d)[kBlocks][4], uint64_t a, uint64_t b,
+                                          int add) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %78, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n152k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, "
+        "%8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, "
+        "%24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, "
+        "%40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, "
+        "%56, %57, %58, %59, %60, %61, %62, %63, "
+        "%64, %65, %66, %67, %68, %69, %70, %71, "
+        "%72, %73, %74, %75"
+        "}, %76, %77, add, 1, 1, 0, 0;\n}\n"
+        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]),
+          "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
+          "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
+          "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
+          "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),
+          "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
+          "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),
+          "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3]),
+          "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]),
+          "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3]),
+          "+f"(d[10][0]), "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]),
+          "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]),
+          "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]),
+          "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), "+f"(d[13][3]),
+          "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]),
+          "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3]),
+          "+f"(d[16][0]), "+f"(d[16][1]), "+f"(d[16][2]), "+f"(d[16][3]),
+          "+f"(d[17][0]), "+f"(d[17][1]), "+f"(d[17][2]), "+f"(d[17][3]),
+          "+f"(d[18][0]), "+f"(d[18][1]), "+f"(d[18][2]), "+f"(d[18][3])
+        : "l"(a), "l"(b), "r"(add));
+}
+
+template <int kBlocks>
+__device__ __forceinline__ void wgmma_k16(Columns<176>, float (&d)[kBlocks][4], uint64_t a, uint64_t b,
+                                          int add) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %90, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n176k16.f32.bf16.bf16 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, "
         "%8, %9, %10, %11, %12, %13, %14, %15, "
@@ -232,12 +468,14 @@ __device__ __forceinline__ void wgmma_k16(float (&d)[22][4], uint64_t a, uint64_
           "+f"(d[19][0]), "+f"(d[19][1]), "+f"(d[19][2]), "+f"(d[19][3]),
           "+f"(d[20][0]), "+f"(d[20][1]), "+f"(d[20][2]), "+f"(d[20][3]),
           "+f"(d[21][0]), "+f"(d[21][1]), "+f"(d[21][2]), "+f"(d[21][3])
-        : "l"(a), "l"(b));
+        : "l"(a), "l"(b), "r"(add));
 }
 
-__device__ __forceinline__ void wgmma_k16(float (&d)[28][4], uint64_t a, uint64_t b) {
+template <int kBlocks>
+__device__ __forceinline__ void wgmma_k16(Columns<224>, float (&d)[kBlocks][4], uint64_t a, uint64_t b,
+                                          int add) {
     asm volatile(
-        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %114, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n224k16.f32.bf16.bf16 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, "
         "%8, %9, %10, %11, %12, %13, %14, %15, "
@@ -282,7 +520,7 @@ __device__ __forceinline__ void wgmma_k16(float (&d)[28][4], uint64_t a, uint64_
           "+f"(d[25][0]), "+f"(d[25][1]), "+f"(d[25][2]), "+f"(d[25][3]),
           "+f"(d[26][0]), "+f"(d[26][1]), "+f"(d[26][2]), "+f"(d[26][3]),
           "+f"(d[27][0]), "+f"(d[27][1]), "+f"(d[27][2]), "+f"(d[27][3])
-        : "l"(a), "l"(b));
+        : "l"(a), "l"(b), "r"(add));
 }
 
 }  // namespace moe::ptx
