@@ -37,6 +37,7 @@ class ObserveRecordingTest {
     private static final ThreadMXBean THREADS = (ThreadMXBean) ManagementFactory.getThreadMXBean();
     private static final int WARM_UP = 20_000;
     private static final int MEASURED = 5_000;
+    private static final int ROUNDS = 5;
 
     /** Who looks while steps run. */
     enum Watched {
@@ -108,7 +109,7 @@ class ObserveRecordingTest {
                     Map<Call, Long> calls = recording.endQuiet();
                     assertThat(forEnqueue).as("bytes of %d steps", MEASURED).isZero();
                     assertThat(forReplay).as("bytes of %d replays", MEASURED).isZero();
-                    long times = 2L * WARM_UP + MEASURED;
+                    long times = WARM_UP + (long) ROUNDS * MEASURED;
                     assertThat(calls)
                             .containsOnlyKeys(
                                     Call.CTX_PUSH_CURRENT,
@@ -125,20 +126,24 @@ class ObserveRecordingTest {
         }
     }
 
-    /** Bytes the calling thread allocates in {@link #MEASURED} runs, after the compiler is done. */
+    /**
+     * Bytes the calling thread allocates in {@link #MEASURED} runs, after the compiler is done; the
+     * least of some rounds, because the JVM itself may allocate once in a while.
+     */
     private static long allocatedBy(Runnable work) {
         long self = Thread.currentThread().getId();
-        for (int round = 0; round < 2; round++) {
-            for (int i = 0; i < WARM_UP; i++) {
-                work.run();
-            }
-            THREADS.getThreadAllocatedBytes(self);
-        }
-        long before = THREADS.getThreadAllocatedBytes(self);
-        for (int i = 0; i < MEASURED; i++) {
+        for (int i = 0; i < WARM_UP; i++) {
             work.run();
         }
-        return THREADS.getThreadAllocatedBytes(self) - before;
+        long least = Long.MAX_VALUE;
+        for (int round = 0; round < ROUNDS; round++) {
+            long before = THREADS.getThreadAllocatedBytes(self);
+            for (int i = 0; i < MEASURED; i++) {
+                work.run();
+            }
+            least = Math.min(least, THREADS.getThreadAllocatedBytes(self) - before);
+        }
+        return least;
     }
 
     @Test

@@ -49,10 +49,7 @@ public final class Nvtx {
             Path file = natives.extract(Nvtx.class, resource, LIBRARY);
             int way = natives.asTemporaryDirectory(() -> Bridge.load(file));
             if (way == 0) {
-                return none(
-                        "no profiler set NVTX_INJECTION64_PATH, and there is no"
-                                + " libnvToolsExt.so.1: start the program under nsys profile"
-                                + " --trace=nvtx");
+                return none(missing());
             }
             LOG.log(
                     System.Logger.Level.INFO,
@@ -62,6 +59,14 @@ public final class Nvtx {
                                     : "libnvToolsExt.so.1"));
             return Optional.of(new Bridge());
         }
+    }
+
+    private static String missing() {
+        String injection = System.getenv("NVTX_INJECTION64_PATH");
+        return injection == null
+                ? "no profiler set NVTX_INJECTION64_PATH and there is no libnvToolsExt.so.1: start"
+                        + " the program under nsys profile --trace=nvtx"
+                : injection + ", named by NVTX_INJECTION64_PATH, takes none";
     }
 
     private static Optional<Ranges> none(String reason) {
