@@ -34,9 +34,9 @@ final class RangedLayer implements MoeLayer {
     RangedLayer(MoeLayer layer, Ranges ranges, int number) {
         this.layer = layer;
         this.ranges = ranges;
-        this.prepare = ranges.name("moe4j prepare, layer " + number);
-        this.capture = ranges.name("moe4j capture, layer " + number);
-        this.replay = ranges.name("moe4j replay, layer " + number);
+        this.prepare = ranges.name("moe4j: prepare, layer " + number);
+        this.capture = ranges.name("moe4j: capture, layer " + number);
+        this.replay = ranges.name("moe4j: replay, layer " + number);
         int count = Phase.values().length;
         this.phases = new long[count][count];
         for (int first = 0; first < count; first++) {
@@ -48,9 +48,9 @@ final class RangedLayer implements MoeLayer {
 
     private static String name(int first, int last, int count) {
         if (first == 0 && last == count - 1) {
-            return "moe4j step";
+            return "moe4j: step";
         }
-        String begin = "moe4j " + Phase.values()[first];
+        String begin = "moe4j: " + Phase.values()[first];
         return first == last ? begin : begin + ".." + Phase.values()[last];
     }
 

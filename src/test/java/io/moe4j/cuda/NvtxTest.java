@@ -44,13 +44,13 @@ class NvtxTest {
         assertThat(log)
                 .containsExactly(
                         first,
-                        "push moe4j prepare, layer 2",
+                        "push moe4j: prepare, layer 2",
                         "pop",
-                        "push moe4j step, layer 2",
+                        "push moe4j: step, layer 2",
                         "pop",
-                        "push moe4j capture, layer 2",
+                        "push moe4j: capture, layer 2",
                         "pop",
-                        "push moe4j replay, layer 2",
+                        "push moe4j: replay, layer 2",
                         "pop");
     }
 

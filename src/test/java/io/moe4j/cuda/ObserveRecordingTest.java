@@ -299,13 +299,13 @@ class ObserveRecordingTest {
         assertThat(ranges.depth).isZero();
         assertThat(ranges.pushed)
                 .containsExactly(
-                        "moe4j prepare" + layerName,
-                        "moe4j step" + layerName,
-                        "moe4j ROUTE" + layerName,
-                        "moe4j DISPATCH_SEND..COMBINE_RECV" + layerName,
-                        "moe4j COMBINE_RECV" + layerName,
-                        "moe4j capture" + layerName,
-                        "moe4j replay" + layerName);
+                        "moe4j: prepare" + layerName,
+                        "moe4j: step" + layerName,
+                        "moe4j: ROUTE" + layerName,
+                        "moe4j: DISPATCH_SEND..COMBINE_RECV" + layerName,
+                        "moe4j: COMBINE_RECV" + layerName,
+                        "moe4j: capture" + layerName,
+                        "moe4j: replay" + layerName);
         assertThat(recording.leaks()).isEmpty();
     }
 }
