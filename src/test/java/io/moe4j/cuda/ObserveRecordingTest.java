@@ -123,6 +123,13 @@ class ObserveRecordingTest {
                     assertThat(ranges.depth).isZero();
                 }
             }
+            if (jfr != null) {
+                List<RecordedEvent> replays = Recorded.of(Recorded.stop(jfr), "Replays");
+                assertThat(replays).hasSizeBetween(1, 1000);
+                assertThat(replays.stream().mapToLong(e -> e.getLong("launches")).sum())
+                        .as("every replay is told of")
+                        .isEqualTo(WARM_UP + (long) ROUNDS * MEASURED);
+            }
         }
     }
 
