@@ -2,7 +2,7 @@
 # Builds libraries that let JCublas 12.6 and JCudnn 11.7 run on CUDA 13 and cuDNN 9:
 #   libcublas.so.12 -> libcublas.so.13        libcudnn.so.8 -> libcudnn.so.9
 # Each exports exactly what the JNI library imports, under the version names it was linked with,
-# and jumps to the newer library. Without gcc or objdump it says so and the build goes on.
+# and jumps to the newer library. And libmoe4j_nvtx.so, which makes NVTX ranges. Without gcc or objdump it says so and the build goes on.
 #   build-bridges.sh SOURCE_DIR JNI_DIR OUTPUT_DIR
 set -eu
 
@@ -10,7 +10,7 @@ source=$1 jni=$2 output=$3
 
 for tool in gcc objdump awk; do
     if ! command -v "$tool" >/dev/null 2>&1; then
-        echo "bridges: $tool is not installed, so JCublas and JCudnn will need CUDA 12 and cuDNN 8: install gcc and binutils to build the bridges"
+        echo "bridges: $tool is not installed, so JCublas and JCudnn will need CUDA 12 and cuDNN 8, and there are no NVTX ranges: install gcc and binutils to build the bridges"
         exit 0
     fi
 done
@@ -65,6 +65,15 @@ bridge() {
     mv "$work/$old" "$output/$old"
     echo "bridges: $old -> $new, $count symbols"
 }
+
+# Ranges for profilers: no header of NVTX is needed
+if [ ! "$output/libmoe4j_nvtx.so" -nt "$source/nvtx.c" ]; then
+    gcc -shared -fPIC -O2 -Wall -Wextra -fvisibility=hidden -Wl,-soname,libmoe4j_nvtx.so \
+        -Wl,-z,now -Wl,-z,relro -Wl,--build-id=none -s \
+        -o "$work/nvtx" "$source/nvtx.c" -ldl
+    mv "$work/nvtx" "$output/libmoe4j_nvtx.so"
+    echo "bridges: NVTX"
+fi
 
 bridge "$(ls "$jni"/libJCublas2-*-linux-x86_64.so)" libcublas.so.12 libcublas.so.13 15
 bridge "$(ls "$jni"/libJCudnn-*-linux-x86_64.so)" libcudnn.so.8 libcudnn.so.9 9

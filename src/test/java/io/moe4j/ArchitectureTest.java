@@ -14,8 +14,9 @@ import io.moe4j.cuda.CudaProbe;
 
 /**
  * The package arrows run one way: cli → bench → checker → {root, weights}; cpu, cuda → root;
- * weights → root → model → tensor. Backends are found by ServiceLoader, so nobody depends on them,
- * but for benchmarks, which know the probe of the CUDA backend.
+ * weights → root → model → tensor; the backends tell observe what happens; metrics stands on root
+ * alone. Backends are found by ServiceLoader, so nobody depends on them, but for benchmarks, which
+ * know the probe of the CUDA backend.
  */
 @AnalyzeClasses(packages = "io.moe4j", importOptions = ImportOption.DoNotIncludeTests.class)
 class ArchitectureTest {
@@ -153,11 +154,48 @@ class ArchitectureTest {
             noClasses()
                     .that()
                     .resideInAnyPackage(
-                            "io.moe4j", "io.moe4j.model", "io.moe4j.tensor", "io.moe4j.cpu")
+                            "io.moe4j",
+                            "io.moe4j.model",
+                            "io.moe4j.tensor",
+                            "io.moe4j.cpu",
+                            "io.moe4j.observe")
                     .should()
                     .dependOnClassesThat()
                     .resideInAnyPackage(
-                            "com.fasterxml..", "picocli..", "me.tongfei..", "jcuda..", "com.sun..");
+                            "com.fasterxml..",
+                            "picocli..",
+                            "me.tongfei..",
+                            "jcuda..",
+                            "com.sun..",
+                            "io.micrometer..");
+
+    @ArchTest
+    static final ArchRule onlyTheEventsNeedTheFlightRecorder =
+            noClasses()
+                    .that()
+                    .haveNameNotMatching("io\\.moe4j\\.observe\\.JfrEvents(\\$.*)?")
+                    .should()
+                    .dependOnClassesThat()
+                    .resideInAPackage("jdk.jfr..");
+
+    @ArchTest
+    static final ArchRule nobodyNeedsTheMetricsAndTheyNeedTheRootAlone =
+            noClasses()
+                    .that()
+                    .resideOutsideOfPackage("io.moe4j.metrics")
+                    .should()
+                    .dependOnClassesThat()
+                    .resideInAnyPackage("io.moe4j.metrics", "io.micrometer..");
+
+    @ArchTest
+    static final ArchRule onlyTheBackendsTellOfThemselves =
+            noClasses()
+                    .that()
+                    .resideOutsideOfPackages(
+                            "io.moe4j.cpu..", "io.moe4j.cuda..", "io.moe4j.observe")
+                    .should()
+                    .dependOnClassesThat()
+                    .resideInAPackage("io.moe4j.observe");
 
     @ArchTest
     static final ArchRule aLayerCarriesNoTraceOfDebugging =
@@ -170,5 +208,5 @@ class ArchitectureTest {
                     .dependOnClassesThat()
                     .haveNameMatching(
                             ".*\\.(CheckedDriver|CheckedCudaLayer|HostSyncCheckedLayer"
-                                    + "|StageChecker)(\\$.*)?");
+                                    + "|StageChecker|RangedLayer|Nvtx|Ranges)(\\$.*)?");
 }

@@ -1,7 +1,6 @@
 package io.moe4j.cpu;
 
 import io.moe4j.MoeConfig;
-import io.moe4j.MoeFaultException;
 import java.util.Arrays;
 
 /**
@@ -108,10 +107,7 @@ final class CpuDispatch {
     static void requireFlags(String operation, int rank, long[] flags, long epoch) {
         for (int peer = 0; peer < flags.length; peer++) {
             if (flags[peer] < epoch) {
-                throw new MoeFaultException(
-                        String.format(
-                                "%s on rank %d: peer %d is at epoch %d, expected %d",
-                                operation, rank, peer, flags[peer], epoch));
+                throw new MissingFlag(operation, rank, peer, flags[peer], epoch);
             }
         }
     }

@@ -2,15 +2,18 @@ package io.moe4j.cpu;
 
 import io.moe4j.GraphPart;
 import io.moe4j.MoeGraph;
+import io.moe4j.observe.GraphTrace;
 import java.util.List;
 
 /** A list of phases to run again; the layers' own checks apply at every replay. */
 final class CpuGraph implements MoeGraph {
     private final List<GraphPart> parts;
+    private final GraphTrace trace;
     private volatile boolean closed;
 
-    CpuGraph(List<GraphPart> parts) {
+    CpuGraph(List<GraphPart> parts, GraphTrace trace) {
         this.parts = List.copyOf(parts);
+        this.trace = trace;
     }
 
     @Override
@@ -21,6 +24,7 @@ final class CpuGraph implements MoeGraph {
         for (GraphPart part : parts) {
             part.step().layer().enqueue(stream, part.step(), part.first(), part.last());
         }
+        trace.launched();
     }
 
     @Override
@@ -31,5 +35,6 @@ final class CpuGraph implements MoeGraph {
     @Override
     public void close() {
         closed = true;
+        trace.closing();
     }
 }

@@ -16,9 +16,13 @@ import io.moe4j.StepInspection;
 import io.moe4j.StepTensors;
 import io.moe4j.model.ExpertWeights;
 import io.moe4j.model.LayerWeights;
+import io.moe4j.observe.LayerTrace;
 import io.moe4j.tensor.DType;
 import io.moe4j.tensor.Tensor;
+import java.util.Collections;
+import java.util.IdentityHashMap;
 import java.util.List;
+import java.util.Set;
 import java.util.concurrent.atomic.AtomicLong;
 import java.util.concurrent.locks.ReentrantLock;
 
@@ -35,6 +39,7 @@ final class CpuLayer implements MoeLayer {
     private final AtomicLong duplicateIds = new AtomicLong();
     private final AtomicLong overCapacityTokens = new AtomicLong();
     private final HandlePool pool;
+    private final LayerTrace trace;
     private volatile long stepsDone;
     private volatile boolean closed;
     private volatile State state;
@@ -44,6 +49,7 @@ final class CpuLayer implements MoeLayer {
         this.reason = reason;
         this.pool = new HandlePool(config.handles());
         CpuMemoryPlan.maxPackedRows(config); // why: refuse sizes we cannot index before any work
+        this.trace = LayerTrace.open(this);
     }
 
     /** All that prepare allocates; dropped as a whole by close. */
@@ -122,20 +128,24 @@ final class CpuLayer implements MoeLayer {
         try {
             requireOpen();
             if (state == null) {
-                State fresh = new State();
-                fresh.workers = new CpuWorkers(config.threads());
-                try {
-                    allocate(fresh);
-                    packWeights(fresh, progress);
-                } catch (RuntimeException | Error e) {
-                    fresh.workers.close();
-                    throw e;
-                }
-                state = fresh;
+                trace.prepare(() -> state = prepared(progress));
             }
         } finally {
             stepLock.unlock();
         }
+    }
+
+    private State prepared(ProgressListener progress) {
+        State fresh = new State();
+        fresh.workers = new CpuWorkers(config.threads());
+        try {
+            allocate(fresh);
+            packWeights(fresh, progress);
+        } catch (RuntimeException | Error e) {
+            fresh.workers.close();
+            throw e;
+        }
+        return fresh;
     }
 
     private void allocate(State s) {
@@ -278,7 +288,11 @@ final class CpuLayer implements MoeLayer {
                     run(s, handle, cpuStep, Phase.values()[phase]);
                     handle.nextPhase = Phase.values()[(phase + 1) % Phase.values().length];
                 }
+                trace.enqueued();
             } catch (RuntimeException | Error e) {
+                if (e instanceof MissingFlag missing) {
+                    trace.faulted(cpuStep.handle, missing.fault(handle.validEpoch));
+                }
                 handle.nextPhase =
                         Phase.ROUTE; // why: a failed step is over, the next one starts anew
                 handle.stepInFlight = null;
@@ -427,14 +441,20 @@ final class CpuLayer implements MoeLayer {
 
     @Override
     public MoeGraph capture(long stream, List<GraphPart> parts) {
+        Set<CpuLayer> layers = Collections.newSetFromMap(new IdentityHashMap<>());
         for (GraphPart part : parts) {
             if (!(part.step() instanceof CpuStep step)) {
                 throw new IllegalArgumentException(
                         "a step of another backend cannot be captured here: bind it with a CPU layer");
             }
             step.layer.requirePrepared();
+            layers.add(step.layer);
         }
-        return new CpuGraph(parts);
+        return trace.capture(
+                layers.size(),
+                parts.size(),
+                watch -> new CpuGraph(parts, watch),
+                CpuGraph::nodeCount);
     }
 
     @Override
@@ -505,6 +525,7 @@ final class CpuLayer implements MoeLayer {
 
     @Override
     public void close() {
+        trace.closing();
         closed = true;
         stepLock.lock(); // why: a step that is running finishes before its buffers go
         try {

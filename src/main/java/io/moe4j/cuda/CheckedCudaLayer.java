@@ -50,6 +50,11 @@ final class CheckedCudaLayer implements HostSyncCheckedLayer {
         }
     }
 
+    /** Number of the layer in events and ranges. */
+    int number() {
+        return layer.number();
+    }
+
     @Override
     public List<String> violations() {
         return driver.violations().stream().map(CheckedDriver.Violation::toString).toList();

@@ -13,16 +13,20 @@ import io.moe4j.cuda.driver.Driver;
 import io.moe4j.cuda.driver.Drivers;
 import io.moe4j.cuda.kernel.KernelCatalog;
 import io.moe4j.cuda.layout.DeviceLayout;
+import io.moe4j.cuda.nvtx.Nvtx;
+import io.moe4j.cuda.nvtx.Ranges;
 import io.moe4j.cuda.oracle.LibraryBridge;
 import java.util.ArrayList;
 import java.util.List;
+import java.util.Optional;
 
 /**
  * Offers the CUDA backend. Usable where the driver can be loaded, a device of compute capability
  * 8.0 or newer is there, and this build has a kernel image for it; otherwise it says what is
  * missing. Uses device 0, or the one named by the system property {@code moe4j.cuda.device}. With
  * {@code moe4j.cuda.checked=true} every layer refuses driver calls that a step must not make, with
- * an {@link IllegalStateException} that says where they came from.
+ * an {@link IllegalStateException} that says where they came from; with {@code moe4j.nvtx=true} its
+ * work on the host is shown to a profiler as NVTX ranges.
  */
 public final class CudaBackendProvider implements BackendProvider {
     /** For {@link java.util.ServiceLoader}; loads no native code. */
@@ -101,9 +105,20 @@ public final class CudaBackendProvider implements BackendProvider {
     public MoeLayer open(MoeConfig config, String reason) {
         Driver driver = Drivers.open();
         KernelCatalog catalog = KernelCatalog.choose(driver, device(driver, config));
-        return Boolean.getBoolean("moe4j.cuda.checked")
-                ? openChecked(driver, CheckedDriver.Mode.THROW, catalog, config, reason)
-                : open(driver, catalog, config, reason);
+        return openAsAsked(driver, catalog, config, reason);
+    }
+
+    /** Opens a layer with the checks and ranges that properties ask for. */
+    static MoeLayer openAsAsked(
+            Driver driver, KernelCatalog catalog, MoeConfig config, String reason) {
+        Optional<Ranges> ranges = Nvtx.ranges();
+        if (Boolean.getBoolean("moe4j.cuda.checked")) {
+            CheckedCudaLayer layer =
+                    openChecked(driver, CheckedDriver.Mode.THROW, catalog, config, reason);
+            return ranges.isEmpty() ? layer : new RangedLayer(layer, ranges.get(), layer.number());
+        }
+        CudaLayer layer = open(driver, catalog, config, reason);
+        return ranges.isEmpty() ? layer : new RangedLayer(layer, ranges.get(), layer.number());
     }
 
     @Override

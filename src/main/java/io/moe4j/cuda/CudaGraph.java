@@ -2,6 +2,7 @@ package io.moe4j.cuda;
 
 import io.moe4j.MoeGraph;
 import io.moe4j.cuda.driver.GraphExec;
+import io.moe4j.observe.GraphTrace;
 import java.util.Set;
 import java.util.concurrent.locks.ReentrantLock;
 
@@ -11,14 +12,16 @@ import java.util.concurrent.locks.ReentrantLock;
  */
 final class CudaGraph implements MoeGraph {
     private final GraphExec exec;
-    private final Set<CudaLayer> layers;
+    private final CudaLayer[] layers; // why an array: a launch makes no iterator
+    private final GraphTrace trace;
     private final ReentrantLock lock = new ReentrantLock();
     private boolean closed;
 
     /** Takes over the pins that {@code layers} already hold for this graph. */
-    CudaGraph(GraphExec exec, Set<CudaLayer> layers) {
+    CudaGraph(GraphExec exec, Set<CudaLayer> layers, GraphTrace trace) {
         this.exec = exec;
-        this.layers = layers;
+        this.layers = layers.toArray(CudaLayer[]::new);
+        this.trace = trace;
     }
 
     @Override
@@ -32,6 +35,7 @@ final class CudaGraph implements MoeGraph {
                 layer.requireOpen();
             }
             exec.launch(stream);
+            trace.launched();
         } finally {
             lock.unlock();
         }
@@ -48,8 +52,11 @@ final class CudaGraph implements MoeGraph {
         try {
             if (!closed) {
                 closed = true;
+                trace.closing();
                 exec.close();
-                layers.forEach(CudaLayer::unpin);
+                for (CudaLayer layer : layers) {
+                    layer.unpin();
+                }
             }
         } finally {
             lock.unlock();

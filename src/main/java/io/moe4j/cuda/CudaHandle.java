@@ -136,11 +136,16 @@ final class CudaHandle implements AutoCloseable {
                         countersOffset(rank) + DeviceStructs.SOFT_COUNTERS.offset(field));
     }
 
-    private int errorOffset(int rank) {
+    /** For tests: what the device reports to. */
+    ByteBuffer reports() {
+        return pinned.bytes();
+    }
+
+    int errorOffset(int rank) {
         return (int) layout.pinned().offset("errors") + rank * DeviceStructs.ERROR_RECORD.size();
     }
 
-    private int countersOffset(int rank) {
+    int countersOffset(int rank) {
         return (int) layout.pinned().offset("counters") + rank * DeviceStructs.SOFT_COUNTERS.size();
     }
 

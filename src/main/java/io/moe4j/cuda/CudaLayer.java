@@ -32,6 +32,8 @@ import io.moe4j.cuda.layout.CStruct;
 import io.moe4j.cuda.layout.DeviceLayout;
 import io.moe4j.cuda.layout.DeviceStructs;
 import io.moe4j.cuda.layout.Region;
+import io.moe4j.observe.LayerFault;
+import io.moe4j.observe.LayerTrace;
 import io.moe4j.tensor.DType;
 import io.moe4j.tensor.Tensor;
 import java.nio.ByteBuffer;
@@ -69,6 +71,7 @@ final class CudaLayer implements MoeLayer {
     private final DeviceLayout layout;
     private final HandlePool pool;
     private final CudaMemory memory;
+    private final LayerTrace trace;
     private final ReentrantLock lock = new ReentrantLock();
 
     /** Read: the layer's memory is looked at outside of a step. Write: it is being freed. */
@@ -95,6 +98,7 @@ final class CudaLayer implements MoeLayer {
         this.catalog = catalog;
         this.layout = new DeviceLayout(config);
         this.memory = new CudaMemory(context);
+        this.trace = LayerTrace.open(this);
     }
 
     @Override
@@ -131,7 +135,7 @@ final class CudaLayer implements MoeLayer {
                 return;
             }
             try {
-                allocate(progress);
+                trace.prepare(() -> allocate(progress));
             } catch (CudaException e) {
                 freeOwned(e);
                 throw e.inCapture() ? refusedInCapture("prepare", e) : e;
@@ -502,6 +506,7 @@ final class CudaLayer implements MoeLayer {
             requireNext(cudaStep, first, last);
             try (Scope scope = context.enter()) {
                 launch(stream, cudaStep, first, last);
+                trace.enqueued();
             } catch (RuntimeException | Error e) {
                 cudaStep.handle().nextPhase = Phase.ROUTE; // why: a failed step is over
                 cudaStep.handle().stepInFlight = null;
@@ -632,23 +637,26 @@ final class CudaLayer implements MoeLayer {
                                     + " own capture");
                 }
             }
-            GraphExec exec =
-                    GraphExec.capture(
-                            context,
-                            stream,
-                            () -> {
-                                for (GraphPart part : parts) {
-                                    part.step()
-                                            .layer()
-                                            .enqueue(
-                                                    stream, part.step(), part.first(), part.last());
-                                }
-                            });
-            return new CudaGraph(exec, layers);
+            return trace.capture(
+                    layers.size(),
+                    parts.size(),
+                    watch -> new CudaGraph(record(stream, parts), layers, watch),
+                    CudaGraph::nodeCount);
         } catch (RuntimeException | Error e) {
             pinned.forEach(CudaLayer::unpin);
             throw refusedStream(stream, e);
         }
+    }
+
+    private GraphExec record(long stream, List<GraphPart> parts) {
+        return GraphExec.capture(
+                context,
+                stream,
+                () -> {
+                    for (GraphPart part : parts) {
+                        part.step().layer().enqueue(stream, part.step(), part.first(), part.last());
+                    }
+                });
     }
 
     /** Keeps the memory while a graph uses it; {@link #unpin} undoes it. */
@@ -786,13 +794,16 @@ final class CudaLayer implements MoeLayer {
                 }
             }
             if (failed >= 0) {
-                return describe(handles[handle], failed, handles[handle].errorCode(failed));
+                LayerFault fault =
+                        fault(handles[handle], failed, handles[handle].errorCode(failed));
+                trace.faulted(handle, fault);
+                return describe(fault);
             }
         }
         return null;
     }
 
-    private static String describe(CudaHandle handle, int rank, int code) {
+    private static LayerFault fault(CudaHandle handle, int rank, int code) {
         String operation =
                 switch (handle.errorInt(rank, "op")) {
                     case 1 -> "dispatch_recv";
@@ -807,17 +818,29 @@ final class CudaLayer implements MoeLayer {
                     case PEER_ABORT -> "was aborted by its peer";
                     default -> "failed with code " + code;
                 };
-        return String.format(
-                "%s on rank %d %s: waited %.1f ms for rank %d, epoch expected %d, seen %d; the last"
-                        + " valid epoch is %d",
+        return new LayerFault(
                 operation,
                 handle.errorInt(rank, "rank"),
-                what,
-                handle.errorLong(rank, "waited_ns") / 1e6,
                 handle.errorInt(rank, "peer"),
+                what,
+                handle.errorLong(rank, "waited_ns"),
                 handle.errorLong(rank, "epoch_expected"),
                 handle.errorLong(rank, "epoch_seen"),
                 handle.errorLong(rank, "valid_epoch"));
+    }
+
+    private static String describe(LayerFault fault) {
+        return String.format(
+                "%s on rank %d %s: waited %.1f ms for rank %d, epoch expected %d, seen %d; the last"
+                        + " valid epoch is %d",
+                fault.operation(),
+                fault.rank(),
+                fault.cause(),
+                fault.waitedNs() / 1e6,
+                fault.peer(),
+                fault.epochExpected(),
+                fault.epochSeen(),
+                fault.validEpoch());
     }
 
     @Override
@@ -884,6 +907,7 @@ final class CudaLayer implements MoeLayer {
 
     @Override
     public void close() {
+        trace.closing();
         closed = true;
         memory.refuse();
         lock.lock();
@@ -903,6 +927,11 @@ final class CudaLayer implements MoeLayer {
                 throw failure;
             }
         }
+    }
+
+    /** Number of the layer in events and ranges. */
+    int number() {
+        return trace.number();
     }
 
     /** For tests: the buffers of a handle. */

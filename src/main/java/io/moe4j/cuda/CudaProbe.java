@@ -22,6 +22,7 @@ import io.moe4j.cuda.oracle.CublasGemm;
 import io.moe4j.model.LayerWeights;
 import io.moe4j.model.MoeShape;
 import io.moe4j.model.RandomWeights;
+import io.moe4j.observe.GraphTrace;
 import java.util.ArrayDeque;
 import java.util.ArrayList;
 import java.util.Arrays;
@@ -166,7 +167,7 @@ public final class CudaProbe implements AutoCloseable {
                                     steps.forEach(step -> launchExperts(step, part));
                                 }
                             });
-            return new CudaGraph(exec, pinned);
+            return new CudaGraph(exec, pinned, GraphTrace.unwatched());
         } catch (RuntimeException | Error e) {
             pinned.forEach(CudaLayer::unpin);
             throw e;

@@ -4,23 +4,30 @@ import static org.assertj.core.api.Assertions.assertThat;
 
 import com.fasterxml.jackson.databind.JsonNode;
 import com.fasterxml.jackson.databind.ObjectMapper;
+import io.micrometer.core.instrument.Meter;
+import io.micrometer.core.instrument.simple.SimpleMeterRegistry;
 import io.moe4j.MemoryPlan;
 import io.moe4j.Moe;
 import io.moe4j.MoeConfig;
+import io.moe4j.MoeLayer;
 import io.moe4j.Phase;
 import io.moe4j.RoutingInput;
 import io.moe4j.checker.Checker;
 import io.moe4j.cli.Main;
 import io.moe4j.cuda.layout.DeviceLayout;
 import io.moe4j.cuda.layout.DeviceStructs;
+import io.moe4j.metrics.MoeMetrics;
 import io.moe4j.model.Activation;
 import io.moe4j.model.ModelPreset;
 import io.moe4j.model.MoeShape;
+import io.moe4j.model.RandomWeights;
 import io.moe4j.model.RoutingRule;
 import io.moe4j.weights.Checkpoint;
 import java.io.IOException;
 import java.io.PrintWriter;
 import java.io.StringWriter;
+import java.lang.reflect.Field;
+import java.lang.reflect.Modifier;
 import java.nio.file.Files;
 import java.nio.file.Path;
 import java.util.ArrayList;
@@ -33,6 +40,12 @@ import java.util.regex.MatchResult;
 import java.util.regex.Pattern;
 import java.util.stream.Collectors;
 import java.util.stream.Stream;
+import jdk.jfr.DataAmount;
+import jdk.jfr.Event;
+import jdk.jfr.EventType;
+import jdk.jfr.StackTrace;
+import jdk.jfr.Timespan;
+import jdk.jfr.ValueDescriptor;
 import org.junit.jupiter.api.DynamicTest;
 import org.junit.jupiter.api.Test;
 import org.junit.jupiter.api.TestFactory;
@@ -291,6 +304,102 @@ class DocsTest {
         assertThat(names).allSatisfy(name -> assertThat(table).contains("`" + name + "`"));
         assertThat(groups(Pattern.compile("`(moe4j\\.[\\w.]+|MOE4J_\\w+)`"), table))
                 .allSatisfy(name -> assertThat(names).contains(name));
+    }
+
+    /** Each event with each field and its type, and nothing else. */
+    @Test
+    void shouldListEveryEventWithItsFields() throws Exception {
+        String page = section(read(Path.of("docs/observability.md")), "## Flight Recorder");
+        Set<String> events = new TreeSet<>();
+        for (Class<?> type : Class.forName("io.moe4j.observe.JfrEvents").getDeclaredClasses()) {
+            if (!Event.class.isAssignableFrom(type)) {
+                continue;
+            }
+            EventType event = EventType.getEventType(type.asSubclass(Event.class));
+            events.add(event.getName());
+            String heading = "### " + event.getName() + "\n";
+            assertThat(page).contains(heading);
+            int from = page.indexOf(heading) + heading.length();
+            int to = page.indexOf("\n### ", from);
+            String part = to < 0 ? page.substring(from) : page.substring(from, to);
+            List<String> rows = new ArrayList<>();
+            for (Field field : type.getDeclaredFields()) {
+                if (Modifier.isStatic(field.getModifiers())
+                        || List.of("startTime", "duration").contains(field.getName())) {
+                    continue; // put there by the JVM
+                }
+                ValueDescriptor value = event.getField(field.getName());
+                assertThat(value).as(field.toString()).isNotNull();
+                String unit = "";
+                if (value.getAnnotation(DataAmount.class) != null) {
+                    unit = "bytes";
+                } else if (value.getAnnotation(Timespan.class) != null) {
+                    assertThat(value.getAnnotation(Timespan.class).value())
+                            .isEqualTo(Timespan.NANOSECONDS);
+                    unit = "nanoseconds";
+                }
+                String row = "| `" + field.getName() + "` | " + field.getType().getSimpleName();
+                rows.add(row);
+                assertThat(part.lines()).anyMatch(l -> l.startsWith(row + " | "));
+                if (!unit.isEmpty()) {
+                    assertThat(part).contains(row + " | " + unit + " | ");
+                }
+            }
+            assertThat(part.lines().filter(line -> line.startsWith("| `")))
+                    .as(event.getName())
+                    .hasSameSizeAs(rows);
+            boolean withStack =
+                    type.getAnnotation(StackTrace.class) == null
+                            || type.getAnnotation(StackTrace.class).value();
+            assertThat(part.contains("With a stack trace.")).as(heading).isEqualTo(withStack);
+        }
+        assertThat(events).hasSize(6);
+        assertThat(groups(Pattern.compile("(?m)^### (moe4j\\.\\w+)$"), page))
+                .containsExactlyInAnyOrderElementsOf(events);
+    }
+
+    @Test
+    void shouldListEveryMeterWithItsKindAndUnit() {
+        String page = section(read(Path.of("docs/observability.md")), "## Micrometer");
+        SimpleMeterRegistry registry = new SimpleMeterRegistry();
+        MoeConfig config =
+                MoeConfig.builder()
+                        .weights(RandomWeights.of(MoeShape.of(64, 32, 8, 2), 1))
+                        .backend("cpu")
+                        .build();
+        List<String> rows = new ArrayList<>();
+        try (MoeLayer layer = Moe.open(config)) {
+            new MoeMetrics(layer, "any").bindTo(registry);
+            for (Meter meter : registry.getMeters()) {
+                Meter.Id id = meter.getId();
+                String unit = id.getBaseUnit() == null ? "" : id.getBaseUnit() + " ";
+                String kind = id.getType().name().toLowerCase(Locale.ROOT);
+                rows.add("| `" + id.getName() + "` | " + kind + " | " + unit + "| ");
+            }
+        }
+        assertThat(rows).hasSize(8).allSatisfy(row -> assertThat(page).contains("\n" + row));
+        assertThat(page.lines().filter(line -> line.startsWith("| `moe4j."))).hasSize(8);
+        String version = constantOf("pom.xml", "<micrometer.version>([^<]+)<");
+        assertThat(page).contains("tested with " + version);
+        assertThat(read(Path.of("docs/gpu.md")))
+                .contains("`io.micrometer:micrometer-core:" + version + "`");
+    }
+
+    @Test
+    void shouldNameTheRangesOfTheCode() {
+        String page = section(read(Path.of("docs/observability.md")), "## NVTX");
+        String code = read(MAIN.resolve("cuda/RangedLayer.java"));
+        List<String> ranges =
+                groups(Pattern.compile("(?m)^\\| `(moe4j: [^`]+), layer N` \\|"), page);
+        assertThat(ranges).hasSize(5);
+        for (String range : ranges) {
+            String word = range.replace("ROUTE..DISPATCH_RECV", "");
+            assertThat(code).contains("\"" + word);
+        }
+    }
+
+    private static String constantOf(String file, String pattern) {
+        return groups(Pattern.compile(pattern), read(Path.of(file))).get(0);
     }
 
     /** Messages in tables whose first column is a message; "…" stands for what varies. */

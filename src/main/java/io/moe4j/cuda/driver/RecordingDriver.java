@@ -116,6 +116,9 @@ public final class RecordingDriver implements Driver {
     private long allocatedBytes;
     private long peakBytes;
     private int poisonCode;
+    private Thread quiet;
+    private final long[] quietCalls = new long[Call.values().length];
+    private final Scope pop = this::contextPop;
 
     private enum Kind {
         STREAM,
@@ -219,6 +222,36 @@ public final class RecordingDriver implements Driver {
     public synchronized void clearCalls() {
         calls.clear();
         launches.clear();
+    }
+
+    /**
+     * Until {@link #endQuiet} the calling thread makes only calls a step may make: launches, and
+     * contexts pushed and popped. They are counted and neither looked at nor kept, so that the
+     * driver allocates nothing. Any other call of the thread fails.
+     */
+    public synchronized void beginQuiet() {
+        Arrays.fill(quietCalls, 0);
+        quiet = Thread.currentThread();
+    }
+
+    /** Ends what {@link #beginQuiet} began; returns how often each call was made. */
+    public synchronized Map<Call, Long> endQuiet() {
+        quiet = null;
+        Map<Call, Long> counts = new EnumMap<>(Call.class);
+        for (Call call : Call.values()) {
+            if (quietCalls[call.ordinal()] > 0) {
+                counts.put(call, quietCalls[call.ordinal()]);
+            }
+        }
+        return counts;
+    }
+
+    private boolean quietly(Call call) {
+        if (quiet != Thread.currentThread()) {
+            return false;
+        }
+        quietCalls[call.ordinal()]++;
+        return true;
     }
 
     /** Device and host memory allocated now, in bytes. */
@@ -406,6 +439,9 @@ public final class RecordingDriver implements Driver {
 
     @Override
     public synchronized void contextPush(long context) {
+        if (quietly(Call.CTX_PUSH_CURRENT)) {
+            return;
+        }
         begin(Call.CTX_PUSH_CURRENT, false);
         if (!foreignContexts.containsKey(context)
                 && (!primaryContexts.containsValue(context)
@@ -417,7 +453,16 @@ public final class RecordingDriver implements Driver {
     }
 
     @Override
+    public Scope enter(long context) {
+        contextPush(context);
+        return pop;
+    }
+
+    @Override
     public synchronized long contextPop() {
+        if (quietly(Call.CTX_POP_CURRENT)) {
+            return 0;
+        }
         begin(Call.CTX_POP_CURRENT, false);
         if (contexts.get().isEmpty()) {
             fail(Call.CTX_POP_CURRENT, CudaErrors.INVALID_CONTEXT, "");
@@ -758,6 +803,9 @@ public final class RecordingDriver implements Driver {
 
     @Override
     public synchronized void graphLaunch(long graphExec, long stream) {
+        if (quietly(Call.GRAPH_LAUNCH)) {
+            return;
+        }
         begin(Call.GRAPH_LAUNCH, true);
         require(Call.GRAPH_LAUNCH, Kind.GRAPH_EXEC, graphExec);
         enqueue(Call.GRAPH_LAUNCH, stream);
@@ -920,6 +968,9 @@ public final class RecordingDriver implements Driver {
             int dynamicSharedBytes,
             long stream,
             KernelParams params) {
+        if (quietly(Call.LAUNCH_KERNEL)) {
+            return;
+        }
         launch(
                 Call.LAUNCH_KERNEL,
                 function,
@@ -945,6 +996,9 @@ public final class RecordingDriver implements Driver {
             int dynamicSharedBytes,
             long stream,
             KernelParams params) {
+        if (quietly(Call.LAUNCH_KERNEL_EX)) {
+            return;
+        }
         launch(
                 Call.LAUNCH_KERNEL_EX,
                 function,
@@ -1040,6 +1094,9 @@ public final class RecordingDriver implements Driver {
 
     /** What every call checks first: injected errors, the context, and the capture. */
     private void begin(Call call, boolean needsContext) {
+        if (quiet == Thread.currentThread()) {
+            throw new IllegalStateException(call.symbol() + " was called in a quiet stretch");
+        }
         int count = made.merge(call, 1, Integer::sum);
         Integer code = injected.getOrDefault(call, Map.of()).get(count);
         if (code != null) {

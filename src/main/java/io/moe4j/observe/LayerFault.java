@@ -1,0 +1,23 @@
+package io.moe4j.observe;
+
+/**
+ * Why a step has no valid output.
+ *
+ * @param operation the wait that failed: {@code dispatch_recv} or {@code combine_recv}
+ * @param rank the rank that waited
+ * @param peer the rank it waited for
+ * @param cause what happened, as in "timed out"
+ * @param waitedNs how long it waited
+ * @param epochExpected the epoch it waited for
+ * @param epochSeen the epoch it saw
+ * @param validEpoch the last epoch of the handle with a valid output
+ */
+public record LayerFault(
+        String operation,
+        int rank,
+        int peer,
+        String cause,
+        long waitedNs,
+        long epochExpected,
+        long epochSeen,
+        long validEpoch) {}
