@@ -6,7 +6,7 @@ INSTALL_FILE := org.apache.maven.plugins:maven-install-plugin:3.1.4:install-file
 .PHONY: install example example-run reproducible install-private
 
 install: kernels ## install jar, sources, javadoc and SBOM into the local Maven repository
-	@$(MVN) -B -q -Partifact -DskipTests -Dspotless.check.skip=true install
+	@umask 022; $(MVN) -B -q -Partifact -DskipTests -Dspotless.check.skip=true install
 	@echo "install: io.moe4j:moe4j in $$(cat target/local-repository)"
 
 example: demo-build example-run ## build and run an example that depends on the artifact

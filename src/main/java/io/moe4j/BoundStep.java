@@ -8,10 +8,10 @@ import java.util.List;
  * step may be enqueued any number of times, by one thread at a time, until its layer closes.
  */
 public interface BoundStep {
-    /** The layer this step belongs to. */
+    /** {@return the layer this step belongs to} */
     MoeLayer layer();
 
-    /** What was bound, one element per local rank. */
+    /** {@return what was bound, one element per local rank} */
     List<StepTensors> tensors();
 
     /**

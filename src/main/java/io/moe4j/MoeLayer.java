@@ -13,16 +13,16 @@ import java.util.List;
  * {@code enqueue} is called by one thread at a time. {@code close} may be called from any thread.
  */
 public interface MoeLayer extends AutoCloseable {
-    /** The configuration the layer was opened with. */
+    /** {@return the configuration the layer was opened with} */
     MoeConfig config();
 
-    /** Name of the backend: {@code cpu} or {@code cuda}. */
+    /** {@return the name of the backend: {@code cpu} or {@code cuda}} */
     String backend();
 
-    /** One line that says why this backend was chosen and what it runs on. */
+    /** {@return one line that says why this backend was chosen and what it runs on} */
     String backendReason();
 
-    /** What {@link #prepare} allocates; available before it is called. */
+    /** {@return what {@link #prepare} allocates; available before it is called} */
     MemoryPlan plan();
 
     /**
@@ -34,13 +34,29 @@ public interface MoeLayer extends AutoCloseable {
      */
     void prepare();
 
-    /** As {@link #prepare()}, reporting each expert as its weights are packed. */
+    /**
+     * As {@link #prepare()}, reporting each expert as its weights are packed.
+     *
+     * @param progress is told done and total experts, by the threads that pack
+     * @throws IllegalStateException after close
+     * @throws OutOfMemoryError or a backend's own failure, with nothing left allocated
+     */
     void prepare(ProgressListener progress);
 
-    /** Hands out this layer's handles to users that keep several steps in flight. */
+    /**
+     * {@return the pool that hands out this layer's handles to users that keep several steps in
+     * flight}
+     */
     HandlePool handles();
 
-    /** As {@link #bind(List, int)} with handle 0. */
+    /**
+     * As {@link #bind(List, int)} with handle 0.
+     *
+     * @param ranks one element per local rank, in rank order
+     * @return the step, valid until the layer is closed
+     * @throws IllegalArgumentException if the tensors do not fit; names the tensor and the cure
+     * @throws IllegalStateException before prepare or after close
+     */
     default BoundStep bind(List<StepTensors> ranks) {
         return bind(ranks, 0);
     }
@@ -56,6 +72,8 @@ public interface MoeLayer extends AutoCloseable {
      *
      * @param ranks one element per local rank, in rank order
      * @param handle 0 to {@code config().handles() − 1}: which set of buffers and epochs to use
+     * @return the step, valid until the layer is closed; the caller keeps the tensors' memory alive
+     *     and in place
      * @throws IllegalArgumentException if the number of ranks, a dtype, a shape or the kind of
      *     memory does not fit; names the tensor and the cure
      * @throws IllegalStateException before prepare or after close
@@ -79,6 +97,10 @@ public interface MoeLayer extends AutoCloseable {
      * Runs the phases from {@code first} to {@code last}, both included. A step's phases must be
      * enqueued in order and completely before the next step of its handle begins.
      *
+     * @param stream a CUstream handle the caller owns; 0 on the CPU backend
+     * @param step bound by this layer
+     * @param first first phase to run
+     * @param last last phase to run
      * @throws IllegalStateException if {@code first} does not follow the phase enqueued last
      */
     void enqueue(long stream, BoundStep step, Phase first, Phase last);
@@ -89,17 +111,30 @@ public interface MoeLayer extends AutoCloseable {
      *
      * @param stream a CUstream handle that is not capturing (not the legacy default stream); 0 on
      *     the CPU backend
+     * @param parts in the order they are to run
+     * @return the graph; the caller closes it before the layer
      * @throws IllegalArgumentException if a step belongs to another backend
      * @throws IllegalStateException if a layer is closed or a capture is already under way
      */
     MoeGraph capture(long stream, List<GraphPart> parts);
 
-    /** Captures one whole step. */
+    /**
+     * Captures one whole step.
+     *
+     * @param stream a CUstream handle that is not capturing; 0 on the CPU backend
+     * @param step bound by this layer
+     * @return the graph; the caller closes it before the layer
+     * @throws IllegalStateException if the layer is closed or a capture is already under way
+     */
     default MoeGraph capture(long stream, BoundStep step) {
         return capture(stream, List.of(GraphPart.whole(step)));
     }
 
-    /** Waits until everything enqueued on {@code stream} is done (debugging and tools only). */
+    /**
+     * Waits until everything enqueued on {@code stream} is done (debugging and tools only).
+     *
+     * @param stream a CUstream handle; 0 for the default stream and on the CPU backend
+     */
     void synchronize(long stream);
 
     /**
@@ -118,13 +153,14 @@ public interface MoeLayer extends AutoCloseable {
      *
      * @param handle 0 to {@code config().handles() − 1}
      * @param rank local rank
+     * @return what the stages wrote, valid until the next phase of that handle is enqueued
      * @throws IllegalArgumentException if there is no such handle or rank
      * @throws IllegalStateException before prepare or after close, also from the methods of what is
      *     returned
      */
     StepInspection inspect(int handle, int rank);
 
-    /** Counts of tolerated input; reads host memory only, never waits for a device. */
+    /** {@return counts of tolerated input} Reads host memory only, never waits for a device. */
     SoftCounters counters();
 
     /**
@@ -136,9 +172,11 @@ public interface MoeLayer extends AutoCloseable {
     void check();
 
     /**
-     * Number of the last step of a handle whose output is complete; steps of a handle are numbered
-     * from 1 in the order they are enqueued. Reads host memory only; it is not a sync, so the value
-     * may lag behind work that is still running.
+     * {@return the number of the last step of a handle whose output is complete; steps of a handle
+     * are numbered from 1 in the order they are enqueued} Reads host memory only; it is not a sync,
+     * so the value may lag behind work that is still running.
+     *
+     * @param handle 0 to {@code config().handles() − 1}
      */
     long validEpoch(int handle);
 
@@ -165,7 +203,10 @@ public interface MoeLayer extends AutoCloseable {
         }
     }
 
-    /** Allocation and copies in the memory this layer's backend uses. */
+    /**
+     * {@return allocation and copies in the memory this layer's backend uses} For small programs
+     * and tools.
+     */
     BackendMemory memory();
 
     /** Frees everything the layer owns. Idempotent; later calls of other methods throw. */
