@@ -9,12 +9,16 @@ folder=${1:-target/reproducible}
 mvn=${MVN:-mvn}
 fail() { echo "reproducible: $*" >&2; exit 1; }
 
-# build NAME ZONE LANGUAGE
-build() {
+# copy NAME: why both before the first build: so that a file that is edited meanwhile is in none
+copy() {
     rm -rf "${folder:?}/$1"
     mkdir -p "$folder/$1"
     git ls-files -z --cached --others --exclude-standard | xargs -0 ls -d 2>/dev/null \
         | tar -cf - -T - | tar -xf - -C "$folder/$1"
+}
+
+# build NAME ZONE LANGUAGE
+build() {
     (
         # why: the umask is the one thing of the surroundings that a jar keeps, as modes of its entries
         umask 022
@@ -33,6 +37,8 @@ build() {
 }
 
 mkdir -p "$folder"
+copy one
+copy a-second-one
 build one UTC C.UTF-8
 build a-second-one Pacific/Auckland tr_TR.UTF-8
 cat "$folder/one.sha256"

@@ -20,6 +20,7 @@ public interface BoundStep {
      *
      * @param now as given to bind
      * @throws IllegalStateException if one moved; names rank, tensor, both places and the cure
+     * @throws IllegalArgumentException if the number of ranks differs
      */
     default void requireUnmoved(List<StepTensors> now) {
         List<StepTensors> bound = tensors();

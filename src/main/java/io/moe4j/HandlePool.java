@@ -19,6 +19,7 @@ public final class HandlePool {
      * A pool of handles 0 to {@code size − 1}, all free; 16 at most.
      *
      * @param size 1 to 16
+     * @throws IllegalArgumentException if it is not
      */
     public HandlePool(int size) {
         if (size < 1 || size > 16) {

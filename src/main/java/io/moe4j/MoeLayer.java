@@ -9,8 +9,21 @@ import java.util.List;
  *
  * <p>Life cycle: {@link #plan} (nothing allocated yet) → {@link #prepare} (allocates everything) →
  * {@link #bind} (validates the caller's memory) → {@link #enqueue}, any number of times → {@link
- * #close}. One step at a time: steps of a layer are ordered by the stream they are enqueued on, and
- * {@code enqueue} is called by one thread at a time. {@code close} may be called from any thread.
+ * #close}.
+ *
+ * <p>Threads: {@code enqueue} by one thread at a time; a second one is refused, not kept waiting.
+ * {@code prepare} and {@code bind} by any thread, one after the other. Everything else may be
+ * called by any thread while steps run, {@code close} included. On CUDA the calling thread needs no
+ * context: the layer enters its own and restores what was current.
+ *
+ * <p>Streams: steps of a layer that share a handle are ordered by the stream they are enqueued on,
+ * or by events between streams. Streams are raw CUstream handles of the layer's context, which the
+ * caller owns; the CPU backend has none and takes 0.
+ *
+ * <p>Errors: misuse throws {@code IllegalArgumentException} or {@code IllegalStateException}, which
+ * change nothing; after {@code close} what needs the layer's memory throws {@code
+ * IllegalStateException}. A call of the driver that fails throws the backend's own exception. What
+ * fails on the device later is told by {@link #check} and {@link #result}.
  */
 public interface MoeLayer extends AutoCloseable {
     /** {@return the configuration the layer was opened with} */
@@ -86,6 +99,8 @@ public interface MoeLayer extends AutoCloseable {
      *
      * @param stream a CUstream handle the caller owns; 0 on the CPU backend
      * @param step bound by this layer
+     * @throws IllegalArgumentException if another layer bound the step, or the stream is not of the
+     *     layer's context
      * @throws IllegalStateException after close, before prepare, or while another step of this
      *     layer is being enqueued
      */
@@ -101,7 +116,10 @@ public interface MoeLayer extends AutoCloseable {
      * @param step bound by this layer
      * @param first first phase to run
      * @param last last phase to run
-     * @throws IllegalStateException if {@code first} does not follow the phase enqueued last
+     * @throws IllegalArgumentException if another layer bound the step, the stream is not of the
+     *     layer's context, or {@code first} comes after {@code last}
+     * @throws IllegalStateException after close, before prepare, while another thread enqueues, or
+     *     if {@code first} does not follow the phase enqueued last
      */
     void enqueue(long stream, BoundStep step, Phase first, Phase last);
 
@@ -112,8 +130,8 @@ public interface MoeLayer extends AutoCloseable {
      * @param stream a CUstream handle that is not capturing (not the legacy default stream); 0 on
      *     the CPU backend
      * @param parts in the order they are to run
-     * @return the graph; the caller closes it before the layer
-     * @throws IllegalArgumentException if a step belongs to another backend
+     * @return the graph, which the caller closes; it keeps the layers' memory until then
+     * @throws IllegalArgumentException if there is no part, or a step belongs to another backend
      * @throws IllegalStateException if a layer is closed or a capture is already under way
      */
     MoeGraph capture(long stream, List<GraphPart> parts);
@@ -123,7 +141,8 @@ public interface MoeLayer extends AutoCloseable {
      *
      * @param stream a CUstream handle that is not capturing; 0 on the CPU backend
      * @param step bound by this layer
-     * @return the graph; the caller closes it before the layer
+     * @return the graph, which the caller closes; it keeps the layer's memory until then
+     * @throws IllegalArgumentException if the step belongs to another backend
      * @throws IllegalStateException if the layer is closed or a capture is already under way
      */
     default MoeGraph capture(long stream, BoundStep step) {
@@ -134,6 +153,7 @@ public interface MoeLayer extends AutoCloseable {
      * Waits until everything enqueued on {@code stream} is done (debugging and tools only).
      *
      * @param stream a CUstream handle; 0 for the default stream and on the CPU backend
+     * @throws IllegalStateException after close
      */
     void synchronize(long stream);
 
@@ -145,6 +165,7 @@ public interface MoeLayer extends AutoCloseable {
      * @param rank local rank
      * @param ids destination, [M, K]; −1 for an id that was dropped; rows from T on stay untouched
      * @param weights destination, [M, K]
+     * @throws IllegalStateException before prepare or after close
      */
     void readRouting(int rank, int[] ids, float[] weights);
 
@@ -168,6 +189,7 @@ public interface MoeLayer extends AutoCloseable {
      * closed and opened again. Reads host memory only; it is not a sync.
      *
      * @throws MoeFaultException naming the operation, the rank and the epoch
+     * @throws IllegalStateException after close
      */
     void check();
 
@@ -177,6 +199,7 @@ public interface MoeLayer extends AutoCloseable {
      * so the value may lag behind work that is still running.
      *
      * @param handle 0 to {@code config().handles() − 1}
+     * @throws IllegalStateException before prepare or after close
      */
     long validEpoch(int handle);
 
@@ -206,10 +229,16 @@ public interface MoeLayer extends AutoCloseable {
     /**
      * {@return allocation and copies in the memory this layer's backend uses} For small programs
      * and tools.
+     *
+     * @throws IllegalStateException after close
      */
     BackendMemory memory();
 
-    /** Frees everything the layer owns. Idempotent; later calls of other methods throw. */
+    /**
+     * Frees everything the layer owns, once no step is being enqueued and no graph of it is left.
+     * Waits for the device where it frees. Idempotent; may be called by any thread; later calls
+     * that need its memory throw.
+     */
     @Override
     void close();
 }

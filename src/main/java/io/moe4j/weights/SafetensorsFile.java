@@ -59,7 +59,7 @@ public final class SafetensorsFile implements AutoCloseable {
      * Opens a file and checks its header.
      *
      * @param path the file
-     * @return the file, mapped until it is closed
+     * @return the file; the caller closes it
      * @throws CheckpointException if the file is missing, unreadable or not strictly safetensors
      */
     public static SafetensorsFile open(Path path) {
@@ -130,7 +130,7 @@ public final class SafetensorsFile implements AutoCloseable {
      * @param name name of the tensor
      * @param byteOffset first byte, counted from the tensor's start
      * @param byteCount how many bytes
-     * @return the view, valid until the file is closed
+     * @return the view, which stays readable as long as it is held
      * @throws CheckpointException if there is no such tensor or the file cannot be mapped
      * @throws IndexOutOfBoundsException if the range leaves the tensor
      * @throws IllegalStateException after {@link #close}
