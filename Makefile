@@ -25,9 +25,9 @@ demo-build:
 	@$(MVN) -B -q -DskipTests package
 endif
 
-test: kernels ## run all tests and the format check
+test: kernels ## run all tests, the example and the format check
 	$(MVN) -B verify
-	@$(MAKE) -s engines-test
+	@$(MAKE) -s engines-test example-run
 
 format: ## format all sources
 	@$(MVN) -B -q spotless:apply
@@ -39,4 +39,4 @@ clean: ## remove everything that was built
 	@$(MVN) -B -q clean
 	@rm -rf engines/*/target
 
-include kernels.mk native.mk bundle.mk model.mk engines.mk
+include kernels.mk native.mk bundle.mk model.mk artifact.mk engines.mk

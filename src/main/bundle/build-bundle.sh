@@ -35,7 +35,8 @@ cp target/moe4j.jar "$work/jars/"
 engines=
 if [ -d engines/jlama/target/test-classes ]; then
     engines=jdk.incubator.vector,java.desktop # the latter for java.beans in Jinjava
-    JAVA_HOME=$jdk "$mvn" -B -q -f engines/jlama/pom.xml dependency:copy-dependencies "-DoutputDirectory=$work/jars" \
+    JAVA_HOME=$jdk "$mvn" -B -q -Dmaven.repo.local="$PWD/target/private-repository" \
+        -f engines/jlama/pom.xml dependency:copy-dependencies "-DoutputDirectory=$work/jars" \
         -DincludeArtifactIds=jlama-core,guava,failureaccess,jctools-core,jafama,slf4j-api,slf4j-nop,jinjava,javassist,re2j,commons-lang3,commons-net,java-ipv6,big-math,jackson-dataformat-yaml,snakeyaml 2>/dev/null
     "$jdk/bin/jar" --create --file "$work/jars/moe4j-jlama.jar" -C engines/jlama/target/classes io
     "$jdk/bin/jar" --create --file "$work/jars/moe4j-engines-tests.jar" \

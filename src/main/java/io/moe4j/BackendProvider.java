@@ -7,24 +7,37 @@ import java.util.List;
  * must load no native code before {@link #availability} is asked.
  */
 public interface BackendProvider {
-    /** {@code cpu} or {@code cuda}. */
+    /** {@return {@code cpu} or {@code cuda}} */
     String name();
 
-    /** Backend {@code auto} takes the usable provider with the highest preference. */
+    /** {@return a rank: backend {@code auto} takes the usable provider with the highest} */
     int preference();
 
-    /** Whether this machine can run the backend, and why or why not. Never throws. */
+    /** {@return whether this machine can run the backend, and why or why not} Never throws. */
     Availability availability();
 
-    /** What a layer with this configuration would allocate; allocates nothing. */
+    /**
+     * {@return what a layer with this configuration would allocate; allocates nothing}
+     *
+     * @param config may lack weights
+     */
     MemoryPlan plan(MoeConfig config);
 
-    /** Opens a layer; called only if available. */
+    /**
+     * Opens a layer; called only if available.
+     *
+     * @param config with weights
+     * @param reason why this backend was chosen, for {@link MoeLayer#backendReason}
+     * @return the layer, not prepared yet; the caller closes it
+     */
     MoeLayer open(MoeConfig config, String reason);
 
     /**
      * As {@link #open}, with every driver call of a step checked by the host-sync checker.
      *
+     * @param config with weights
+     * @param reason why this backend was chosen
+     * @return the layer, not prepared yet; the caller closes it
      * @throws IllegalArgumentException if the backend has no device a step could wait for
      */
     default HostSyncCheckedLayer openHostSyncChecked(MoeConfig config, String reason) {

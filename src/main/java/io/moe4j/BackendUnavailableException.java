@@ -4,7 +4,11 @@ package io.moe4j;
 public class BackendUnavailableException extends RuntimeException {
     private static final long serialVersionUID = 1L;
 
-    /** The reason, and what to do about it. */
+    /**
+     * The reason, and what to do about it.
+     *
+     * @param message what is missing, and the cure
+     */
     public BackendUnavailableException(String message) {
         super(message);
     }

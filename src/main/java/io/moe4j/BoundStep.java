@@ -8,10 +8,10 @@ import java.util.List;
  * step may be enqueued any number of times, by one thread at a time, until its layer closes.
  */
 public interface BoundStep {
-    /** The layer this step belongs to. */
+    /** {@return the layer this step belongs to} */
     MoeLayer layer();
 
-    /** What was bound, one element per local rank. */
+    /** {@return what was bound, one element per local rank} */
     List<StepTensors> tensors();
 
     /**
@@ -20,6 +20,7 @@ public interface BoundStep {
      *
      * @param now as given to bind
      * @throws IllegalStateException if one moved; names rank, tensor, both places and the cure
+     * @throws IllegalArgumentException if the number of ranks differs
      */
     default void requireUnmoved(List<StepTensors> now) {
         List<StepTensors> bound = tensors();

@@ -15,7 +15,12 @@ public final class HandlePool {
     private final int size;
     private final AtomicInteger claimed = new AtomicInteger();
 
-    /** A pool of handles 0 to {@code size − 1}, all free; 16 at most. */
+    /**
+     * A pool of handles 0 to {@code size − 1}, all free; 16 at most.
+     *
+     * @param size 1 to 16
+     * @throws IllegalArgumentException if it is not
+     */
     public HandlePool(int size) {
         if (size < 1 || size > 16) {
             throw new IllegalArgumentException("size=" + size + " is outside 1..16");
@@ -32,7 +37,7 @@ public final class HandlePool {
             this.index = index;
         }
 
-        /** Its number, for {@link MoeLayer#bind(java.util.List, int)}. */
+        /** {@return its number, for {@link MoeLayer#bind(java.util.List, int)}} */
         public int index() {
             return index;
         }
@@ -50,6 +55,7 @@ public final class HandlePool {
     /**
      * Claims the lowest free handle.
      *
+     * @return the handle; closing it gives it back
      * @throws IllegalStateException if all are claimed
      */
     public Handle claim() {
@@ -63,7 +69,11 @@ public final class HandlePool {
                                                 + " layer with more handles(...)"));
     }
 
-    /** Claims the lowest free handle, or nothing if all are claimed. */
+    /**
+     * Claims the lowest free handle, or nothing if all are claimed.
+     *
+     * @return the handle, or empty
+     */
     public Optional<Handle> tryClaim() {
         while (true) {
             int bits = claimed.get();
@@ -77,7 +87,7 @@ public final class HandlePool {
         }
     }
 
-    /** Number of handles that are free now. */
+    /** {@return the number of handles that are free now} */
     public int free() {
         return size - Integer.bitCount(claimed.get());
     }

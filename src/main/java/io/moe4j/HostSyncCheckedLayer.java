@@ -8,6 +8,6 @@ import java.util.List;
  * noted with the place it came from. Opened by {@link Moe#openHostSyncChecked}.
  */
 public interface HostSyncCheckedLayer extends MoeLayer {
-    /** The violations so far, one line each, in order; empty if there are none. */
+    /** {@return the violations so far, one line each, in order; empty if there are none} */
     List<String> violations();
 }

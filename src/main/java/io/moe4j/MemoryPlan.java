@@ -22,7 +22,14 @@ public record MemoryPlan(String title, List<Entry> entries) {
      * @param bytes the size for this configuration
      */
     public record Entry(String name, String formula, long bytes) {
-        /** Refuses a negative size. */
+        /**
+         * Refuses a negative size.
+         *
+         * @param name as in docs/memory.md
+         * @param formula the size as a formula
+         * @param bytes the size, not negative
+         * @throws IllegalArgumentException if the size is negative
+         */
         public Entry {
             if (bytes < 0) {
                 throw new IllegalArgumentException(name + " has " + bytes + " bytes");
@@ -30,12 +37,17 @@ public record MemoryPlan(String title, List<Entry> entries) {
         }
     }
 
-    /** Copies the list. */
+    /**
+     * Copies the list.
+     *
+     * @param title {@link #title()}
+     * @param entries {@link #entries()}
+     */
     public MemoryPlan {
         entries = List.copyOf(entries);
     }
 
-    /** Sum over all buffers, in bytes. */
+    /** {@return the sum over all buffers, in bytes} */
     public long totalBytes() {
         long total = 0;
         for (Entry entry : entries) {
@@ -44,16 +56,21 @@ public record MemoryPlan(String title, List<Entry> entries) {
         return total;
     }
 
-    /** Bytes of the buffer of that name, 0 if the plan has none. */
+    /**
+     * {@return the bytes of the buffer of that name, 0 if the plan has none}
+     *
+     * @param name name of a buffer
+     */
     public long bytes(String name) {
         return entries.stream().filter(e -> e.name().equals(name)).mapToLong(Entry::bytes).sum();
     }
 
     /**
-     * The largest M whose plan fits {@code budgetBytes}; empty if not even one token fits. Plans
-     * grow with M, so this searches by halving.
+     * {@return the largest M whose plan fits {@code budgetBytes}; empty if not even one token fits}
+     * Plans grow with M, so this searches by halving.
      *
      * @param planOf the plan for a given M; may throw IllegalArgumentException for an M too large
+     * @param budgetBytes the most bytes a plan may have
      */
     public static OptionalInt largestMaxTokensPerRank(
             IntFunction<MemoryPlan> planOf, long budgetBytes) {
@@ -78,7 +95,11 @@ public record MemoryPlan(String title, List<Entry> entries) {
         }
     }
 
-    /** Bytes as people read them, for example {@code 28.0 MiB}. */
+    /**
+     * {@return bytes as people read them, for example {@code 28.0 MiB}}
+     *
+     * @param bytes a size
+     */
     public static String human(long bytes) {
         if (bytes < 1024) {
             return bytes + " B";
@@ -117,12 +138,24 @@ public record MemoryPlan(String title, List<Entry> entries) {
         private final String title;
         private final List<Entry> entries = new ArrayList<>();
 
-        /** A plan with that title. */
+        /**
+         * A plan with that title.
+         *
+         * @param title what the plan is for
+         */
         public Builder(String title) {
             this.title = title;
         }
 
-        /** Adds a buffer whose size is the exact product of {@code factors}. */
+        /**
+         * Adds a buffer whose size is the exact product of {@code factors}.
+         *
+         * @param name name of the buffer
+         * @param formula the size as a formula
+         * @param factors whose product is the size in bytes
+         * @return this builder
+         * @throws ArithmeticException if the product exceeds 2^63 − 1
+         */
         public Builder add(String name, String formula, long... factors) {
             long bytes = 1;
             for (long factor : factors) {
@@ -132,7 +165,7 @@ public record MemoryPlan(String title, List<Entry> entries) {
             return this;
         }
 
-        /** The plan. */
+        /** {@return the plan} */
         public MemoryPlan build() {
             return new MemoryPlan(title, entries);
         }

@@ -19,6 +19,7 @@ public final class Moe {
      * Opens a layer. Nothing is allocated until {@link MoeLayer#prepare}.
      *
      * @param config with weights
+     * @return the layer, not prepared yet; the caller closes it
      * @throws IllegalArgumentException if the configuration has no weights
      * @throws BackendUnavailableException if the backend asked for cannot run here; the message
      *     says what is missing
@@ -33,6 +34,7 @@ public final class Moe {
      * HostSyncCheckedLayer}). For tests and tools; a step costs more on the host.
      *
      * @param config with weights
+     * @return the layer, not prepared yet; the caller closes it
      * @throws IllegalArgumentException if the configuration has no weights, or the backend has no
      *     device a step could wait for
      * @throws BackendUnavailableException if the backend asked for cannot run here
@@ -53,14 +55,23 @@ public final class Moe {
     }
 
     /**
-     * What {@link #open} and prepare would allocate; needs no weights and allocates nothing. A
-     * backend that is asked for by name is planned for even where it cannot run.
+     * {@return what {@link #open} and prepare would allocate} Needs no weights and allocates
+     * nothing. A backend that is asked for by name is planned for even where it cannot run.
+     *
+     * @param config weights may be missing
+     * @throws BackendUnavailableException if the backend is unknown
+     * @throws IllegalArgumentException if the backend cannot run such a layer
      */
     public static MemoryPlan plan(MoeConfig config) {
         return planner(config).plan(config);
     }
 
-    /** The largest M whose plan fits the budget; empty if not even one token does. */
+    /**
+     * {@return the largest M whose plan fits the budget; empty if not even one token does}
+     *
+     * @param config its own M does not count
+     * @param budgetBytes the most bytes a plan may have
+     */
     public static OptionalInt largestMaxTokensPerRank(MoeConfig config, long budgetBytes) {
         BackendProvider provider = planner(config);
         return MemoryPlan.largestMaxTokensPerRank(
@@ -74,7 +85,7 @@ public final class Moe {
                 .orElseGet(() -> choose(config.backend()).provider());
     }
 
-    /** All backends this build knows, the preferred first. */
+    /** {@return all backends this build knows, the preferred first} */
     public static List<BackendProvider> backends() {
         List<BackendProvider> providers = new ArrayList<>();
         ServiceLoader.load(BackendProvider.class, Moe.class.getClassLoader())
@@ -84,8 +95,10 @@ public final class Moe {
     }
 
     /**
-     * The backend that {@code auto}, {@code cpu} or {@code cuda} stands for on this machine.
+     * {@return the backend that {@code auto}, {@code cpu} or {@code cuda} stands for on this
+     * machine} Loads no GPU library unless the CUDA backend is considered.
      *
+     * @param backend {@code auto}, {@code cpu} or {@code cuda}
      * @throws BackendUnavailableException if the one named cannot run here
      */
     public static Choice choose(String backend) {

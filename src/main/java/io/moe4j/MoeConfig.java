@@ -51,7 +51,27 @@ public record MoeConfig(
     /** Most ranks in one group. */
     public static final int MAX_RANKS = 64;
 
-    /** Checks all fields together; the message names field, value and cure. */
+    /**
+     * Checks all fields together; the message names field, value and cure.
+     *
+     * @param shape required
+     * @param rule required unless {@code routingInput} is TOPK
+     * @param activation required
+     * @param expertBias must be what the weights say
+     * @param ranks 1 to {@link #MAX_RANKS}
+     * @param maxTokensPerRank positive; times H below 2^31
+     * @param hiddenDType F32, F16 or BF16
+     * @param outDType {@code hiddenDType} or F32
+     * @param routingInput required; HIDDEN needs router weights
+     * @param sharedExpert true or false
+     * @param backend {@code auto}, {@code cpu} or {@code cuda}
+     * @param threads positive
+     * @param handles 1 to 16
+     * @param cudaContext 0 or a CUcontext
+     * @param expectedRowsPerExpert 0 or more
+     * @param weights of the same shape, or null for planning only
+     * @throws IllegalArgumentException naming field, value and cure
+     */
     public MoeConfig {
         require(shape != null, "shape is missing: set shape(...) or weights(...)");
         require(activation != null, "activation is missing: use Activation.swiGlu()");
@@ -110,12 +130,14 @@ public record MoeConfig(
         }
     }
 
-    /** A builder with the defaults: one rank, BF16 in, F32 out, TOPK input, backend auto. */
+    /**
+     * {@return a builder with the defaults: one rank, BF16 in, F32 out, TOPK input, backend auto}
+     */
     public static Builder builder() {
         return new Builder();
     }
 
-    /** A builder that starts from this configuration. */
+    /** {@return a builder that starts from this configuration} */
     public Builder toBuilder() {
         Builder builder = new Builder();
         builder.shape = shape;
@@ -137,23 +159,33 @@ public record MoeConfig(
         return builder;
     }
 
-    /** L, experts one rank holds at most: ceil(E / R). The last ranks may hold fewer. */
+    /**
+     * {@return L, the experts one rank holds at most: ceil(E / R)} The last ranks may hold fewer.
+     */
     public int expertsPerRank() {
         return (shape.experts() + ranks - 1) / ranks;
     }
 
-    /** The rank that holds an expert: e / L. */
+    /**
+     * {@return the rank that holds an expert: e / L}
+     *
+     * @param expert 0 to E − 1
+     */
     public int rankOf(int expert) {
         return expert / expertsPerRank();
     }
 
-    /** Number of experts that {@code rank} holds. */
+    /**
+     * {@return the number of experts that {@code rank} holds}
+     *
+     * @param rank 0 to R − 1
+     */
     public int expertsOn(int rank) {
         int first = Math.min(shape.experts(), rank * expertsPerRank());
         return Math.min(shape.experts(), first + expertsPerRank()) - first;
     }
 
-    /** Whether a step computes the shared expert. */
+    /** {@return whether a step computes the shared expert} */
     public boolean usesSharedExpert() {
         return sharedExpert && shape.sharedIntermediate() > 0;
     }
@@ -185,13 +217,23 @@ public record MoeConfig(
 
         private Builder() {}
 
-        /** The layer's sizes. */
+        /**
+         * The layer's sizes.
+         *
+         * @param value H, I, E, K and the shared expert's width
+         * @return this builder
+         */
         public Builder shape(MoeShape value) {
             shape = value;
             return this;
         }
 
-        /** Takes shape and biases from the weights as well. */
+        /**
+         * Takes shape and biases from the weights as well.
+         *
+         * @param value read by {@link MoeLayer#prepare}, and open until then; null for planning
+         * @return this builder
+         */
         public Builder weights(LayerWeights value) {
             weights = value;
             if (value != null) {
@@ -201,73 +243,133 @@ public record MoeConfig(
             return this;
         }
 
-        /** The routing rule; needed unless the caller gives ids and weights. */
+        /**
+         * The routing rule; needed unless the caller gives ids and weights.
+         *
+         * @param value how logits become ids and weights
+         * @return this builder
+         */
         public Builder rule(RoutingRule value) {
             rule = value;
             return this;
         }
 
-        /** The activation; SwiGLU if not set. */
+        /**
+         * The activation; SwiGLU if not set.
+         *
+         * @param value what stands between the projections
+         * @return this builder
+         */
         public Builder activation(Activation value) {
             activation = value;
             return this;
         }
 
-        /** For planning without weights: whether the routed experts have biases. */
+        /**
+         * For planning without weights: whether the routed experts have biases.
+         *
+         * @param value true if they have
+         * @return this builder
+         */
         public Builder expertBias(boolean value) {
             expertBias = value;
             return this;
         }
 
-        /** R; 1 if not set. */
+        /**
+         * R; 1 if not set.
+         *
+         * @param value R, 1 to {@link #MAX_RANKS}
+         * @return this builder
+         */
         public Builder ranks(int value) {
             ranks = value;
             return this;
         }
 
-        /** M; 128 if not set. */
+        /**
+         * M; 128 if not set.
+         *
+         * @param value M, the most tokens of one rank in a step
+         * @return this builder
+         */
         public Builder maxTokensPerRank(int value) {
             maxTokensPerRank = value;
             return this;
         }
 
-        /** Type of the hidden states; BF16 if not set. */
+        /**
+         * Type of the hidden states; BF16 if not set.
+         *
+         * @param value F32, F16 or BF16
+         * @return this builder
+         */
         public Builder hiddenDType(DType value) {
             hiddenDType = value;
             return this;
         }
 
-        /** Type of the output; F32 if not set. */
+        /**
+         * Type of the output; F32 if not set.
+         *
+         * @param value the type of the hidden states, or F32
+         * @return this builder
+         */
         public Builder outDType(DType value) {
             outDType = value;
             return this;
         }
 
-        /** What the caller supplies; TOPK if not set. */
+        /**
+         * What the caller supplies; TOPK if not set.
+         *
+         * @param value TOPK, LOGITS or HIDDEN
+         * @return this builder
+         */
         public Builder routingInput(RoutingInput value) {
             routingInput = value;
             return this;
         }
 
-        /** Whether to add the shared expert's output; true if not set. */
+        /**
+         * Whether to add the shared expert's output; true if not set.
+         *
+         * @param value false leaves it to the caller
+         * @return this builder
+         */
         public Builder sharedExpert(boolean value) {
             sharedExpert = value;
             return this;
         }
 
-        /** {@code auto} (a usable GPU, else the CPU), {@code cpu} or {@code cuda}. */
+        /**
+         * {@code auto} (a usable GPU, else the CPU), {@code cpu} or {@code cuda}.
+         *
+         * @param value name of the backend
+         * @return this builder
+         */
         public Builder backend(String value) {
             backend = value == null ? "auto" : value.toLowerCase(Locale.ROOT);
             return this;
         }
 
-        /** CPU backend: worker threads; all processors if not set. */
+        /**
+         * CPU backend: worker threads; all processors if not set.
+         *
+         * @param value number of threads, positive
+         * @return this builder
+         */
         public Builder threads(int value) {
             threads = value;
             return this;
         }
 
-        /** Steps that may be in flight at once; 1 if not set. */
+        /**
+         * Steps that may be in flight at once; 1 if not set.
+         *
+         * @param value 1 to 16
+         * @return this builder
+         */
         public Builder handles(int value) {
             handles = value;
             return this;
@@ -276,6 +378,9 @@ public record MoeConfig(
         /**
          * CUDA: the CUcontext of an engine whose streams and memory the layer is to use. The
          * primary context of the device if not set, which is also what the CUDA runtime uses.
+         *
+         * @param value a CUcontext that outlives the layer; 0 for the primary context
+         * @return this builder
          */
         public Builder cudaContext(long value) {
             cudaContext = value;
@@ -287,6 +392,9 @@ public record MoeConfig(
          * evenly: R · M · K / E. Set it where a usual step is far from that, for example if M is
          * that of a prefill but most steps decode. Kernels are chosen by it; results do not depend
          * on it.
+         *
+         * @param value rows; 0 for those of a full, evenly routed step
+         * @return this builder
          */
         public Builder expectedRowsPerExpert(int value) {
             expectedRowsPerExpert = value;
@@ -296,6 +404,7 @@ public record MoeConfig(
         /**
          * Validates and returns the configuration.
          *
+         * @return the configuration
          * @throws IllegalArgumentException naming field, value and cure
          */
         public MoeConfig build() {

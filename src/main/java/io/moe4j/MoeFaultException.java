@@ -6,7 +6,11 @@ package io.moe4j;
 public class MoeFaultException extends RuntimeException {
     private static final long serialVersionUID = 1L;
 
-    /** A fault described by {@code message}. */
+    /**
+     * A fault described by {@code message}.
+     *
+     * @param message names operation, rank and epoch
+     */
     public MoeFaultException(String message) {
         super(message);
     }

@@ -19,7 +19,7 @@ public interface MoeGraph extends AutoCloseable {
      */
     void launch(long stream);
 
-    /** Number of nodes: kernels on CUDA, phases on the CPU backend. */
+    /** {@return the number of nodes: kernels on CUDA, phases on the CPU backend} */
     long nodeCount();
 
     /** Frees the graph, after the replays in flight. Idempotent. */

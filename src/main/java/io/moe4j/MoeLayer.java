@@ -9,20 +9,33 @@ import java.util.List;
  *
  * <p>Life cycle: {@link #plan} (nothing allocated yet) → {@link #prepare} (allocates everything) →
  * {@link #bind} (validates the caller's memory) → {@link #enqueue}, any number of times → {@link
- * #close}. One step at a time: steps of a layer are ordered by the stream they are enqueued on, and
- * {@code enqueue} is called by one thread at a time. {@code close} may be called from any thread.
+ * #close}.
+ *
+ * <p>Threads: {@code enqueue} by one thread at a time; a second one is refused, not kept waiting.
+ * {@code prepare} and {@code bind} by any thread, one after the other. Everything else may be
+ * called by any thread while steps run, {@code close} included. On CUDA the calling thread needs no
+ * context: the layer enters its own and restores what was current.
+ *
+ * <p>Streams: steps of a layer that share a handle are ordered by the stream they are enqueued on,
+ * or by events between streams. Streams are raw CUstream handles of the layer's context, which the
+ * caller owns; the CPU backend has none and takes 0.
+ *
+ * <p>Errors: misuse throws {@code IllegalArgumentException} or {@code IllegalStateException}, which
+ * change nothing; after {@code close} what needs the layer's memory throws {@code
+ * IllegalStateException}. A call of the driver that fails throws the backend's own exception. What
+ * fails on the device later is told by {@link #check} and {@link #result}.
  */
 public interface MoeLayer extends AutoCloseable {
-    /** The configuration the layer was opened with. */
+    /** {@return the configuration the layer was opened with} */
     MoeConfig config();
 
-    /** Name of the backend: {@code cpu} or {@code cuda}. */
+    /** {@return the name of the backend: {@code cpu} or {@code cuda}} */
     String backend();
 
-    /** One line that says why this backend was chosen and what it runs on. */
+    /** {@return one line that says why this backend was chosen and what it runs on} */
     String backendReason();
 
-    /** What {@link #prepare} allocates; available before it is called. */
+    /** {@return what {@link #prepare} allocates; available before it is called} */
     MemoryPlan plan();
 
     /**
@@ -34,13 +47,29 @@ public interface MoeLayer extends AutoCloseable {
      */
     void prepare();
 
-    /** As {@link #prepare()}, reporting each expert as its weights are packed. */
+    /**
+     * As {@link #prepare()}, reporting each expert as its weights are packed.
+     *
+     * @param progress is told done and total experts, by the threads that pack
+     * @throws IllegalStateException after close
+     * @throws OutOfMemoryError or a backend's own failure, with nothing left allocated
+     */
     void prepare(ProgressListener progress);
 
-    /** Hands out this layer's handles to users that keep several steps in flight. */
+    /**
+     * {@return the pool that hands out this layer's handles to users that keep several steps in
+     * flight}
+     */
     HandlePool handles();
 
-    /** As {@link #bind(List, int)} with handle 0. */
+    /**
+     * As {@link #bind(List, int)} with handle 0.
+     *
+     * @param ranks one element per local rank, in rank order
+     * @return the step, valid until the layer is closed
+     * @throws IllegalArgumentException if the tensors do not fit; names the tensor and the cure
+     * @throws IllegalStateException before prepare or after close
+     */
     default BoundStep bind(List<StepTensors> ranks) {
         return bind(ranks, 0);
     }
@@ -56,6 +85,8 @@ public interface MoeLayer extends AutoCloseable {
      *
      * @param ranks one element per local rank, in rank order
      * @param handle 0 to {@code config().handles() − 1}: which set of buffers and epochs to use
+     * @return the step, valid until the layer is closed; the caller keeps the tensors' memory alive
+     *     and in place
      * @throws IllegalArgumentException if the number of ranks, a dtype, a shape or the kind of
      *     memory does not fit; names the tensor and the cure
      * @throws IllegalStateException before prepare or after close
@@ -68,6 +99,8 @@ public interface MoeLayer extends AutoCloseable {
      *
      * @param stream a CUstream handle the caller owns; 0 on the CPU backend
      * @param step bound by this layer
+     * @throws IllegalArgumentException if another layer bound the step, or the stream is not of the
+     *     layer's context
      * @throws IllegalStateException after close, before prepare, or while another step of this
      *     layer is being enqueued
      */
@@ -79,7 +112,14 @@ public interface MoeLayer extends AutoCloseable {
      * Runs the phases from {@code first} to {@code last}, both included. A step's phases must be
      * enqueued in order and completely before the next step of its handle begins.
      *
-     * @throws IllegalStateException if {@code first} does not follow the phase enqueued last
+     * @param stream a CUstream handle the caller owns; 0 on the CPU backend
+     * @param step bound by this layer
+     * @param first first phase to run
+     * @param last last phase to run
+     * @throws IllegalArgumentException if another layer bound the step, the stream is not of the
+     *     layer's context, or {@code first} comes after {@code last}
+     * @throws IllegalStateException after close, before prepare, while another thread enqueues, or
+     *     if {@code first} does not follow the phase enqueued last
      */
     void enqueue(long stream, BoundStep step, Phase first, Phase last);
 
@@ -89,17 +129,32 @@ public interface MoeLayer extends AutoCloseable {
      *
      * @param stream a CUstream handle that is not capturing (not the legacy default stream); 0 on
      *     the CPU backend
-     * @throws IllegalArgumentException if a step belongs to another backend
+     * @param parts in the order they are to run
+     * @return the graph, which the caller closes; it keeps the layers' memory until then
+     * @throws IllegalArgumentException if there is no part, or a step belongs to another backend
      * @throws IllegalStateException if a layer is closed or a capture is already under way
      */
     MoeGraph capture(long stream, List<GraphPart> parts);
 
-    /** Captures one whole step. */
+    /**
+     * Captures one whole step.
+     *
+     * @param stream a CUstream handle that is not capturing; 0 on the CPU backend
+     * @param step bound by this layer
+     * @return the graph, which the caller closes; it keeps the layer's memory until then
+     * @throws IllegalArgumentException if the step belongs to another backend
+     * @throws IllegalStateException if the layer is closed or a capture is already under way
+     */
     default MoeGraph capture(long stream, BoundStep step) {
         return capture(stream, List.of(GraphPart.whole(step)));
     }
 
-    /** Waits until everything enqueued on {@code stream} is done (debugging and tools only). */
+    /**
+     * Waits until everything enqueued on {@code stream} is done (debugging and tools only).
+     *
+     * @param stream a CUstream handle; 0 for the default stream and on the CPU backend
+     * @throws IllegalStateException after close
+     */
     void synchronize(long stream);
 
     /**
@@ -110,6 +165,7 @@ public interface MoeLayer extends AutoCloseable {
      * @param rank local rank
      * @param ids destination, [M, K]; −1 for an id that was dropped; rows from T on stay untouched
      * @param weights destination, [M, K]
+     * @throws IllegalStateException before prepare or after close
      */
     void readRouting(int rank, int[] ids, float[] weights);
 
@@ -118,13 +174,14 @@ public interface MoeLayer extends AutoCloseable {
      *
      * @param handle 0 to {@code config().handles() − 1}
      * @param rank local rank
+     * @return what the stages wrote, valid until the next phase of that handle is enqueued
      * @throws IllegalArgumentException if there is no such handle or rank
      * @throws IllegalStateException before prepare or after close, also from the methods of what is
      *     returned
      */
     StepInspection inspect(int handle, int rank);
 
-    /** Counts of tolerated input; reads host memory only, never waits for a device. */
+    /** {@return counts of tolerated input} Reads host memory only, never waits for a device. */
     SoftCounters counters();
 
     /**
@@ -132,13 +189,17 @@ public interface MoeLayer extends AutoCloseable {
      * closed and opened again. Reads host memory only; it is not a sync.
      *
      * @throws MoeFaultException naming the operation, the rank and the epoch
+     * @throws IllegalStateException after close
      */
     void check();
 
     /**
-     * Number of the last step of a handle whose output is complete; steps of a handle are numbered
-     * from 1 in the order they are enqueued. Reads host memory only; it is not a sync, so the value
-     * may lag behind work that is still running.
+     * {@return the number of the last step of a handle whose output is complete; steps of a handle
+     * are numbered from 1 in the order they are enqueued} Reads host memory only; it is not a sync,
+     * so the value may lag behind work that is still running.
+     *
+     * @param handle 0 to {@code config().handles() − 1}
+     * @throws IllegalStateException before prepare or after close
      */
     long validEpoch(int handle);
 
@@ -165,10 +226,19 @@ public interface MoeLayer extends AutoCloseable {
         }
     }
 
-    /** Allocation and copies in the memory this layer's backend uses. */
+    /**
+     * {@return allocation and copies in the memory this layer's backend uses} For small programs
+     * and tools.
+     *
+     * @throws IllegalStateException after close
+     */
     BackendMemory memory();
 
-    /** Frees everything the layer owns. Idempotent; later calls of other methods throw. */
+    /**
+     * Frees everything the layer owns, once no step is being enqueued and no graph of it is left.
+     * Waits for the device where it frees. Idempotent; may be called by any thread; later calls
+     * that need its memory throw.
+     */
     @Override
     void close();
 }

@@ -6,6 +6,11 @@ public interface ProgressListener {
     /** Ignores everything. */
     ProgressListener NONE = (done, total) -> {};
 
-    /** {@code done} of {@code total} units are finished; calls may arrive out of order. */
+    /**
+     * {@code done} of {@code total} units are finished; calls may arrive out of order.
+     *
+     * @param done units that are finished
+     * @param total all units
+     */
     void progress(long done, long total);
 }

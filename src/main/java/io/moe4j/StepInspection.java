@@ -10,59 +10,122 @@ package io.moe4j;
  * config().expertsOn(rank) − 1}, −1 for an entry that belongs to another rank or to none.
  */
 public interface StepInspection {
-    /** After ROUTE: T of this rank, clamped to 0..M. */
+    /** {@return T of this rank, clamped to 0..M} Filled by phase ROUTE. */
     int tokens();
 
-    /** After ROUTE: expert ids of own tokens, [count, K]; −1 for an id that was dropped. */
+    /**
+     * {@return the expert ids of own tokens, [count, K]; −1 for an id that was dropped} Filled by
+     * phase ROUTE.
+     *
+     * @param firstToken first token
+     * @param count how many
+     */
     int[] routedIds(int firstToken, int count);
 
-    /** After ROUTE: weights of own tokens, [count, K]. */
+    /**
+     * {@return the weights of own tokens, [count, K]} Filled by phase ROUTE.
+     *
+     * @param firstToken first token
+     * @param count how many
+     */
     float[] routedWeights(int firstToken, int count);
 
-    /** After DISPATCH_SEND: T of a source rank as it was received. */
+    /**
+     * {@return T of a source rank as it was received} Filled by phase DISPATCH_SEND.
+     *
+     * @param source source rank
+     */
     int receivedTokens(int source);
 
-    /** After DISPATCH_SEND: local expert ids of a source's tokens, [count, K]. */
+    /**
+     * {@return the local expert ids of a source's tokens, [count, K]} Filled by phase
+     * DISPATCH_SEND.
+     *
+     * @param source source rank
+     * @param firstToken first token
+     * @param count how many
+     */
     int[] receivedIds(int source, int firstToken, int count);
 
-    /** After DISPATCH_SEND: weights of a source's tokens, [count, K]. */
+    /**
+     * {@return the weights of a source's tokens, [count, K]} Filled by phase DISPATCH_SEND.
+     *
+     * @param source source rank
+     * @param firstToken first token
+     * @param count how many
+     */
     float[] receivedWeights(int source, int firstToken, int count);
 
     /**
-     * After DISPATCH_SEND: rows of a source's tokens, [count, H]; only those with an expert here.
+     * {@return the rows of a source's tokens, [count, H]; only those with an expert here} Filled by
+     * phase DISPATCH_SEND.
+     *
+     * @param source source rank
+     * @param firstToken first token
+     * @param count how many
      */
     float[] receivedRows(int source, int firstToken, int count);
 
-    /** After DISPATCH_RECV: rows of each local expert. */
+    /** {@return the rows of each local expert} Filled by phase DISPATCH_RECV. */
     int[] expertCounts();
 
-    /** After DISPATCH_RECV: first packed row of each local expert, then the number of all rows. */
+    /**
+     * {@return the first packed row of each local expert, then the number of all rows} Filled by
+     * phase DISPATCH_RECV.
+     */
     int[] expertOffsets();
 
-    /** After DISPATCH_RECV: the slot of each packed row, [count]. */
+    /**
+     * {@return the slot of each packed row, [count]} Filled by phase DISPATCH_RECV.
+     *
+     * @param firstRow first packed row
+     * @param count how many
+     */
     int[] rowSlots(int firstRow, int count);
 
     /**
-     * After DISPATCH_RECV: the packed row of each header entry of a source's tokens, [count, K]; −1
-     * where the entry's id is −1.
+     * {@return the packed row of each header entry of a source's tokens, [count, K]; −1 where the
+     * entry's id is −1} Filled by phase DISPATCH_RECV.
+     *
+     * @param source source rank
+     * @param firstToken first token
+     * @param count how many
      */
     int[] packedRows(int source, int firstToken, int count);
 
-    /** After EXPERTS: output of the activation, [count, I], by packed row. */
+    /**
+     * {@return the output of the activation, [count, I], by packed row} Filled by phase EXPERTS.
+     *
+     * @param firstRow first packed row
+     * @param count how many
+     */
     float[] activatedRows(int firstRow, int count);
 
-    /** After EXPERTS: output of the down projection, [count, H], by packed row. */
+    /**
+     * {@return the output of the down projection, [count, H], by packed row} Filled by phase
+     * EXPERTS.
+     *
+     * @param firstRow first packed row
+     * @param count how many
+     */
     float[] expertOutputs(int firstRow, int count);
 
     /**
-     * After COMBINE_SEND: the rows that came home from an expert rank for own tokens, [count, H];
-     * only those of tokens with an expert there.
+     * {@return the rows that came home from an expert rank for own tokens, [count, H]; only those
+     * of tokens with an expert there} Filled by phase COMBINE_SEND.
+     *
+     * @param expertRank the rank that holds the experts
+     * @param firstToken first token
+     * @param count how many
      */
     float[] combinedRows(int expertRank, int firstToken, int count);
 
     /**
-     * After COMBINE_RECV: output of the shared expert for own tokens before its gate, [count, H].
+     * {@return the output of the shared expert for own tokens before its gate, [count, H]} Filled
+     * by phase COMBINE_RECV.
      *
+     * @param firstToken first token
+     * @param count how many
      * @throws IllegalStateException if the layer computes no shared expert
      */
     float[] sharedOutputs(int firstToken, int count);

@@ -25,24 +25,48 @@ public record StepTensors(
         Tensor routerLogits,
         Tensor out,
         boolean accumulate) {
-    /** Ids and weights by the caller. */
+    /**
+     * Ids and weights by the caller.
+     *
+     * @param out [M, H] of the layer's output type
+     * @param hidden [M, H] of the layer's hidden type
+     * @param topkIds I32 [M, K], −1 for "none"
+     * @param topkWeights F32 [M, K]
+     * @param tokenCount I32 [1], read when the step runs
+     * @return the tensors; nothing is checked or copied
+     */
     public static StepTensors topk(
             Tensor out, Tensor hidden, Tensor topkIds, Tensor topkWeights, Tensor tokenCount) {
         return new StepTensors(hidden, tokenCount, topkIds, topkWeights, null, out, false);
     }
 
-    /** Router logits by the caller. */
+    /**
+     * Router logits by the caller.
+     *
+     * @param out [M, H] of the layer's output type
+     * @param hidden [M, H] of the layer's hidden type
+     * @param routerLogits F32 [M, E]
+     * @param tokenCount I32 [1], read when the step runs
+     * @return the tensors; nothing is checked or copied
+     */
     public static StepTensors logits(
             Tensor out, Tensor hidden, Tensor routerLogits, Tensor tokenCount) {
         return new StepTensors(hidden, tokenCount, null, null, routerLogits, out, false);
     }
 
-    /** Hidden states only: the layer routes by its own router. */
+    /**
+     * Hidden states only: the layer routes by its own router.
+     *
+     * @param out [M, H] of the layer's output type
+     * @param hidden [M, H] of the layer's hidden type
+     * @param tokenCount I32 [1], read when the step runs
+     * @return the tensors; nothing is checked or copied
+     */
     public static StepTensors hidden(Tensor out, Tensor hidden, Tensor tokenCount) {
         return new StepTensors(hidden, tokenCount, null, null, null, out, false);
     }
 
-    /** The same tensors with the result added to {@code out}. */
+    /** {@return the same tensors with the result added to {@code out}} */
     public StepTensors accumulating() {
         return new StepTensors(hidden, tokenCount, topkIds, topkWeights, routerLogits, out, true);
     }
@@ -50,6 +74,7 @@ public record StepTensors(
     /**
      * Checks dtypes and shapes against a layer's configuration.
      *
+     * @param config the layer's
      * @throws IllegalArgumentException naming the tensor, what it is and what is needed
      */
     public void validate(MoeConfig config) {

@@ -30,7 +30,22 @@ public record BenchCase(
         String routing,
         int[] counts,
         Map<String, Map<String, Double>> peersUs) {
-    /** Checks what a step could not do. */
+    /**
+     * Checks what a step could not do.
+     *
+     * @param number {@link #number()}
+     * @param model {@link #model()}
+     * @param hidden {@link #hidden()}
+     * @param intermediate {@link #intermediate()}
+     * @param experts {@link #experts()}
+     * @param topK {@link #topK()}
+     * @param ep {@link #ep()}
+     * @param tokens {@link #tokens()}
+     * @param routing {@link #routing()}
+     * @param counts {@link #counts()}
+     * @param peersUs {@link #peersUs()}
+     * @throws IllegalArgumentException if a value is refused; the message names field and value
+     */
     public BenchCase {
         if (hidden < 1 || intermediate < 1 || experts < 1 || topK < 1 || ep < 1 || tokens < 1) {
             throw new IllegalArgumentException(
@@ -55,32 +70,32 @@ public record BenchCase(
         }
     }
 
-    /** Rows over all local experts. */
+    /** {@return the rows over all local experts} */
     public int rows() {
         return Arrays.stream(counts).sum();
     }
 
-    /** Local experts that have rows. */
+    /** {@return the local experts that have rows} */
     public int hitExperts() {
         return (int) Arrays.stream(counts).filter(count -> count > 0).count();
     }
 
-    /** Tokens over all ranks: the most an expert can get. */
+    /** {@return the tokens over all ranks: the most an expert can get} */
     public int allTokens() {
         return Math.multiplyExact(ep, tokens);
     }
 
     /**
-     * Rows an expert of the whole group expects when routing is even, rounded up: what a rank of
-     * that group would choose its kernels by.
+     * {@return the rows an expert of the whole group expects when routing is even, rounded up: what
+     * a rank of that group would choose its kernels by}
      */
     public int expectedRows() {
         return Math.toIntExact(((long) ep * tokens * topK + experts - 1) / experts);
     }
 
     /**
-     * Ids [tokens, width] that give exactly these counts: experts are dealt to the tokens in turn,
-     * so no token gets one twice; −1 where a token has fewer.
+     * {@return the ids [tokens, width] that give exactly these counts: experts are dealt to the
+     * tokens in turn, so no token gets one twice; −1 where a token has fewer}
      *
      * @param width {@code min(topK, local experts)}
      */

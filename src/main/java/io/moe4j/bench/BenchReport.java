@@ -72,13 +72,26 @@ public record BenchReport(
                     "gpu",
                     "commit");
 
-    /** A report without peers of its run. */
+    /**
+     * A report without peers of its run.
+     *
+     * @param environment facts of the machine
+     * @param command the command that repeats it
+     * @param seed seed of what is random
+     * @param rows the measurements
+     */
     public BenchReport(
             Map<String, String> environment, String command, long seed, List<BenchRow> rows) {
         this(environment, command, seed, rows, null);
     }
 
-    /** Reads a report that {@link #toJson} wrote. */
+    /**
+     * Reads a report that {@link #toJson} wrote.
+     *
+     * @param file the file
+     * @return the report
+     * @throws IOException if the file cannot be read
+     */
     public static BenchReport read(Path file) throws IOException {
         try {
             BenchReport report =
@@ -96,8 +109,8 @@ public record BenchReport(
     }
 
     /**
-     * For programs, and for --compare; with peers or a dense product of the run also the {@link
-     * Summary}.
+     * {@return the for programs, and for --compare; with peers or a dense product of the run also
+     * the {@link Summary}}
      */
     public String toJson() {
         ObjectMapper mapper = new ObjectMapper().enable(SerializationFeature.INDENT_OUTPUT);
@@ -112,7 +125,7 @@ public record BenchReport(
         }
     }
 
-    /** One line per measurement, and a header. */
+    /** {@return one line per measurement, and a header} */
     public String toCsv() {
         StringBuilder csv = new StringBuilder(String.join(",", CSV_COLUMNS)).append('\n');
         for (BenchRow r : rows) {
@@ -175,7 +188,7 @@ public record BenchReport(
         return text.matches("[^,\"\\n]*") ? text : '"' + text.replace("\"", "\"\"") + '"';
     }
 
-    /** A table for people, with the environment above it. */
+    /** {@return a table for people, with the environment above it} */
     public String toMarkdown() {
         StringBuilder text = new StringBuilder();
         environment.forEach(

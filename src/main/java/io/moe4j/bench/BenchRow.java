@@ -203,7 +203,7 @@ public record BenchRow(
                 + (routing.equals("uniform") ? "" : " " + routing);
     }
 
-    /** What makes two rows measurements of the same thing. */
+    /** {@return what makes two rows measurements of the same thing} */
     public String key() {
         return String.join(
                 " ",

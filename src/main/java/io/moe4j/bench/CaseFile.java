@@ -15,9 +15,11 @@ public final class CaseFile {
     private CaseFile() {}
 
     /**
-     * All cases of a file.
+     * {@return all cases of a file}
      *
+     * @param file the file
      * @throws IllegalArgumentException naming the file and what is wrong with it
+     * @throws IOException if the file cannot be read
      */
     public static List<BenchCase> read(Path file) throws IOException {
         JsonNode root = tree(file);

@@ -24,7 +24,11 @@ import java.util.function.IntFunction;
 public final class ChainBench {
     private final BenchOptions options;
 
-    /** A benchmark with these options. */
+    /**
+     * A benchmark with these options.
+     *
+     * @param options how to measure
+     */
     public ChainBench(BenchOptions options) {
         this.options = options;
     }
@@ -35,7 +39,9 @@ public final class ChainBench {
      * @param model name for the report
      * @param layer shape, rule, activation and random weights; ranks as wanted
      * @param vectors the weights of {@code layer}, for the CPU as they are
+     * @param routing how tokens are routed
      * @param tokens tokens of each rank
+     * @return the measurements
      */
     public List<BenchRow> run(
             String model,

@@ -52,7 +52,11 @@ public record Chart(Kind kind, String title, String xTitle, String yTitle, List<
         }
     }
 
-    /** The kind that suits a report. */
+    /**
+     * {@return the kind that suits a report}
+     *
+     * @param report the report
+     */
     public static Kind kindFor(BenchReport report) {
         boolean cases = report.rows().stream().anyMatch(row -> row.number() > 0);
         return cases && report.rows().stream().anyMatch(r -> r.floorUs() != null)
@@ -61,8 +65,10 @@ public record Chart(Kind kind, String title, String xTitle, String yTitle, List<
     }
 
     /**
-     * The plot of one kind.
+     * {@return the plot of one kind}
      *
+     * @param report the report
+     * @param kind which plot
      * @throws IllegalArgumentException if the report has nothing to show in it
      */
     public static Chart of(BenchReport report, Kind kind) {
@@ -186,7 +192,7 @@ public record Chart(Kind kind, String title, String xTitle, String yTitle, List<
         return gpu == null ? what : what + ", " + gpu;
     }
 
-    /** All figures, one line per point, as an SVG carries them: name, place, value. */
+    /** {@return all figures, one line per point, as an SVG carries them: name, place, value} */
     public String data() {
         StringBuilder text = new StringBuilder(title).append('\n');
         for (Series one : series) {

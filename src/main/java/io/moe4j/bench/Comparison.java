@@ -17,7 +17,10 @@ public record Comparison(List<String> lines, List<String> slower, int unmatched)
     /**
      * Compares medians.
      *
+     * @param now the newer report
+     * @param before the older report
      * @param allowed how much slower is no failure: 0.05 for 5 %
+     * @return the comparison
      */
     public static Comparison of(BenchReport now, BenchReport before, double allowed) {
         Map<String, BenchRow> old = new HashMap<>();
@@ -47,7 +50,12 @@ public record Comparison(List<String> lines, List<String> slower, int unmatched)
         return new Comparison(lines, slower, unmatched);
     }
 
-    /** Reads {@code 5%} or {@code 0.05}. */
+    /**
+     * Reads {@code 5%} or {@code 0.05}.
+     *
+     * @param text as given on the command line
+     * @return the comparison
+     */
     public static double parseAllowed(String text) {
         String number = text.endsWith("%") ? text.substring(0, text.length() - 1) : text;
         try {

@@ -16,10 +16,14 @@ public record Cost(double bytes, double weightBytes, double flops) {
     public static final double FLOOR_FLOPS_PER_S = 790e12;
 
     /**
-     * The experts of one rank. Rows of g1 are read with width H and written with 2·I, those of g2
-     * with I and H, those of the chain with H and H.
+     * {@return the experts of one rank} Rows of g1 are read with width H and written with 2·I,
+     * those of g2 with I and H, those of the chain with H and H.
      *
      * @param stage G1, G2 or CHAIN
+     * @param hidden H
+     * @param intermediate I
+     * @param rows rows over all experts
+     * @param hit experts that have rows
      */
     public static Cost experts(Stage stage, int hidden, int intermediate, long rows, int hit) {
         double matrix = (double) hidden * intermediate;
@@ -45,12 +49,18 @@ public record Cost(double bytes, double weightBytes, double flops) {
                 weightBytes + 2 * rows * rowElements, weightBytes, 2 * rows * matrices * matrix);
     }
 
-    /** Both together. */
+    /**
+     * {@return both together}
+     *
+     * @param other what to add
+     */
     public Cost plus(Cost other) {
         return new Cost(bytes + other.bytes, weightBytes + other.weightBytes, flops + other.flops);
     }
 
-    /** The time an H200 needs at least: max(bytes / 4.3 TB/s, flops / 790 TFLOP/s), in µs. */
+    /**
+     * {@return the time an H200 needs at least: max(bytes / 4.3 TB/s, flops / 790 TFLOP/s), in µs}
+     */
     public double floorUs() {
         return 1e6 * Math.max(bytes / FLOOR_BYTES_PER_S, flops / FLOOR_FLOPS_PER_S);
     }

@@ -34,17 +34,26 @@ public final class ExpertsBench {
     private final BenchOptions options;
     private final List<String> notes = new ArrayList<>();
 
-    /** A benchmark with these options. */
+    /**
+     * A benchmark with these options.
+     *
+     * @param options how to measure
+     */
     public ExpertsBench(BenchOptions options) {
         this.options = options;
     }
 
-    /** What was left out, and why; one line each. */
+    /** {@return what was left out, and why; one line each} */
     public List<String> notes() {
         return notes;
     }
 
-    /** Measures all cases. */
+    /**
+     * Measures all cases.
+     *
+     * @param cases what to measure
+     * @return the measurements
+     */
     public List<BenchRow> run(List<BenchCase> cases) {
         List<BenchRow> rows = new ArrayList<>();
         for (int i = 0; i < cases.size(); i++) {
@@ -59,6 +68,9 @@ public final class ExpertsBench {
      * Measures all cases, and a dense product before and after each prefill: the faster one becomes
      * the row that follows it. why around each: both heat the GPU, whose clock falls by a third
      * within a second, and the product must run at the clock of what is judged by it.
+     *
+     * @param cases what to measure
+     * @return the measurements
      */
     public List<BenchRow> runBesideDense(List<BenchCase> cases) {
         List<BenchRow> rows = new ArrayList<>();

@@ -27,12 +27,21 @@ public final class LaunchBench {
 
     private final BenchOptions options;
 
-    /** A benchmark with these options; CUDA only. */
+    /**
+     * A benchmark with these options; CUDA only.
+     *
+     * @param options how to measure
+     */
     public LaunchBench(BenchOptions options) {
         this.options = options;
     }
 
-    /** Measures all three with {@code ranks} virtual ranks; cold if CUDA was not used before. */
+    /**
+     * Measures all three with {@code ranks} virtual ranks; cold if CUDA was not used before.
+     *
+     * @param ranks R, number of virtual ranks
+     * @return the measurements
+     */
     public List<BenchRow> run(int ranks) {
         ColdStart cold = ColdStart.measure(ranks, options.seed());
         RandomWeights vectors = RandomWeights.of(SHAPE, options.seed());

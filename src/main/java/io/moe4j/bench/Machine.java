@@ -8,7 +8,10 @@ public final class Machine {
     private Machine() {}
 
     /**
-     * Host facts, and with the cuda backend those of the GPU; call it right after the last timing.
+     * {@return the host facts, and with the cuda backend those of the GPU; call it right after the
+     * last timing}
+     *
+     * @param backend {@code cpu} or {@code cuda}
      */
     public static Map<String, String> facts(String backend) {
         Map<String, String> facts = Environment.ofHost();

@@ -51,7 +51,10 @@ public record PeersFile(PeersRun run, List<Time> times) {
     /**
      * Reads what peers.py wrote.
      *
+     * @param file the file
+     * @return the peers
      * @throws IllegalArgumentException naming the file and what is wrong with it
+     * @throws IOException if the file cannot be read
      */
     public static PeersFile read(Path file) throws IOException {
         JsonNode root;
@@ -127,7 +130,10 @@ public record PeersFile(PeersRun run, List<Time> times) {
     }
 
     /**
-     * The report with these peers beside every row of the same case, with the same rows, and stage.
+     * {@return the report with these peers beside every row of the same case, with the same rows,
+     * and stage}
+     *
+     * @param report the report
      */
     public BenchReport merge(BenchReport report) {
         List<BenchRow> rows = report.rows().stream().map(this::beside).toList();
@@ -142,7 +148,11 @@ public record PeersFile(PeersRun run, List<Time> times) {
         return us.isEmpty() ? row : row.withRunPeers(us);
     }
 
-    /** What makes these peers no fair comparison with a report; one line each. */
+    /**
+     * {@return what makes these peers no fair comparison with a report; one line each}
+     *
+     * @param report the report
+     */
     public List<String> doubts(BenchReport report) {
         List<String> doubts = new ArrayList<>();
         for (String fact : List.of("gpu", "driver")) {

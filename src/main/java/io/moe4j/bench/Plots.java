@@ -13,7 +13,10 @@ public final class Plots {
     /**
      * Draws a chart into a file whose name ends with .svg or .png.
      *
+     * @param chart what to draw
+     * @param file the file
      * @throws IllegalArgumentException if this JVM or its class path cannot draw, with the cure
+     * @throws IOException if the file cannot be written
      */
     public static void write(Chart chart, Path file) throws IOException {
         boolean svg = isSvg(file);
@@ -37,8 +40,9 @@ public final class Plots {
     }
 
     /**
-     * Whether a file is to be an SVG.
+     * {@return whether a file is to be an SVG}
      *
+     * @param file the file
      * @throws IllegalArgumentException if it ends with neither .svg nor .png
      */
     public static boolean isSvg(Path file) {

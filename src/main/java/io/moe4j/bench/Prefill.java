@@ -18,7 +18,12 @@ public final class Prefill {
 
     private Prefill() {}
 
-    /** The cases of a seed. */
+    /**
+     * {@return the cases of a seed}
+     *
+     * @param seed seed of what is random
+     * @throws IOException if the file cannot be read
+     */
     public static List<BenchCase> cases(long seed) throws IOException {
         return List.of(
                 of(FIRST_NUMBER, ModelPreset.QWEN3_30B_A3B, seed),

@@ -35,9 +35,11 @@ public final class RoutingPattern {
     }
 
     /**
-     * The pattern a text names; a file is read at once.
+     * {@return the pattern a text names; a file is read at once}
      *
+     * @param text as given on the command line
      * @throws IllegalArgumentException naming what is possible
+     * @throws IOException if the file cannot be read
      */
     public static RoutingPattern parse(String text) throws IOException {
         if (text.equals("uniform")) {
@@ -84,7 +86,14 @@ public final class RoutingPattern {
         return ids;
     }
 
-    /** Distinct ids of each token, [tokens, topK]. */
+    /**
+     * {@return distinct ids of each token, [tokens, topK]}
+     *
+     * @param tokens T, number of tokens
+     * @param experts E, number of experts
+     * @param topK K, experts of a token
+     * @param seed seed of what is random
+     */
     public int[] ids(int tokens, int experts, int topK, long seed) {
         int[] ids = new int[Math.multiplyExact(tokens, topK)];
         Random random = new Random(seed * 0x9e3779b97f4a7c15L + 77);
@@ -97,7 +106,13 @@ public final class RoutingPattern {
         return ids;
     }
 
-    /** How often each expert from {@code first} to before {@code end} occurs. */
+    /**
+     * {@return how often each expert from {@code first} to before {@code end} occurs}
+     *
+     * @param ids expert ids
+     * @param first first expert
+     * @param end expert after the last
+     */
     public static int[] counts(int[] ids, int first, int end) {
         int[] counts = new int[end - first];
         for (int id : ids) {
@@ -160,7 +175,7 @@ public final class RoutingPattern {
         return line;
     }
 
-    /** Whether it is {@code uniform}. */
+    /** {@return whether it is {@code uniform}} */
     public boolean isUniform() {
         return kind == Kind.UNIFORM;
     }

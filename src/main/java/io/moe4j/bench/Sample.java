@@ -11,7 +11,12 @@ import java.util.Arrays;
  * @param samples how many
  */
 public record Sample(double medianUs, double p20Us, double p80Us, int samples) {
-    /** Quantiles of samples that each hold {@code perSample} runs. */
+    /**
+     * {@return the quantiles of samples that each hold {@code perSample} runs}
+     *
+     * @param us time of each sample in µs
+     * @param perSample runs in a sample
+     */
     public static Sample of(double[] us, int perSample) {
         double[] sorted = us.clone();
         Arrays.sort(sorted);

@@ -25,7 +25,7 @@ public enum Stage {
         this.id = id;
     }
 
-    /** The name in reports and case files. */
+    /** {@return the name in reports and case files} */
     public String id() {
         return id;
     }

@@ -108,7 +108,11 @@ public record Summary(
         return shares;
     }
 
-    /** The summary of a report whose rows have floors. */
+    /**
+     * {@return the summary of a report whose rows have floors}
+     *
+     * @param report the report
+     */
     public static Summary of(BenchReport report) {
         List<BenchRow> rows = report.rows().stream().filter(r -> r.floorUs() != null).toList();
         List<BenchRow> beside = rows.stream().filter(r -> r.fastestPeer() != null).toList();
@@ -161,7 +165,7 @@ public record Summary(
                         .orElse(0));
     }
 
-    /** The summary for people, one Markdown list item a line. */
+    /** {@return the summary for people, one Markdown list item a line} */
     public List<String> lines() {
         List<String> lines = new ArrayList<>();
         for (StageMeans mean : stages) {

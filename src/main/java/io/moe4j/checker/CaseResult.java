@@ -34,12 +34,31 @@ public record CaseResult(
         double tolerance,
         boolean paddingUntouched,
         String repeat) {
-    /** Copies the list. */
+    /**
+     * Copies the list.
+     *
+     * @param layer {@link #layer()}
+     * @param tokens {@link #tokens()}
+     * @param ranks {@link #ranks()}
+     * @param backend {@link #backend()}
+     * @param reference {@link #reference()}
+     * @param routingAgreeing {@link #routingAgreeing()}
+     * @param routingMismatches {@link #routingMismatches()}
+     * @param weightError {@link #weightError()}
+     * @param routed {@link #routed()}
+     * @param full {@link #full()}
+     * @param tolerance {@link #tolerance()}
+     * @param paddingUntouched {@link #paddingUntouched()}
+     * @param repeat {@link #repeat()}
+     */
     public CaseResult {
         routingMismatches = List.copyOf(routingMismatches);
     }
 
-    /** Whether routing agrees for every token, all errors are within tolerance and no row leaks. */
+    /**
+     * {@return whether routing agrees for every token, all errors are within tolerance and no row
+     * leaks}
+     */
     @JsonProperty
     public boolean pass() {
         return routingAgreeing == tokens
@@ -49,13 +68,13 @@ public record CaseResult(
                 && paddingUntouched;
     }
 
-    /** The token with the larger of the two output errors. */
+    /** {@return the token with the larger of the two output errors} */
     @JsonProperty
     public int worstToken() {
         return full.max() >= routed.max() ? full.worstToken() : routed.worstToken();
     }
 
-    /** One line that says what is wrong; empty if nothing is. */
+    /** {@return one line that says what is wrong; empty if nothing is} */
     public String failure() {
         StringBuilder text = new StringBuilder();
         if (!routingMismatches.isEmpty()) {

@@ -17,23 +17,28 @@ public record CheckReport(String subject, List<CaseResult> cases) {
     private static final String ROW_FORMAT =
             "%5s  %6s  %5s  %-7s  %-9s  %9s  %9s  %9s  %9s  %5s  %9s  %s%n";
 
-    /** Copies the list. */
+    /**
+     * Copies the list.
+     *
+     * @param subject {@link #subject()}
+     * @param cases {@link #cases()}
+     */
     public CheckReport {
         cases = List.copyOf(cases);
     }
 
-    /** Whether there is a case and every case passed. */
+    /** {@return whether there is a case and every case passed} */
     @JsonProperty
     public boolean pass() {
         return !cases.isEmpty() && cases.stream().allMatch(CaseResult::pass);
     }
 
-    /** The cases that failed. */
+    /** {@return the cases that failed} */
     public List<CaseResult> failures() {
         return cases.stream().filter(result -> !result.pass()).toList();
     }
 
-    /** One row per case; below it what is wrong with a failed one and how to repeat it. */
+    /** {@return one row per case; below it what is wrong with a failed one and how to repeat it} */
     public String table() {
         StringBuilder text = new StringBuilder();
         text.append(
@@ -73,7 +78,7 @@ public record CheckReport(String subject, List<CaseResult> cases) {
         return text.toString();
     }
 
-    /** One line: how many cases passed and the largest error. */
+    /** {@return one line: how many cases passed and the largest error} */
     public String verdict() {
         double worst =
                 cases.stream()
@@ -89,7 +94,7 @@ public record CheckReport(String subject, List<CaseResult> cases) {
                 error(worst));
     }
 
-    /** The report as indented JSON; infinite errors are the string {@code "Infinity"}. */
+    /** {@return the report as indented JSON; infinite errors are the string {@code "Infinity"}} */
     public String toJson() {
         try {
             return new ObjectMapper()

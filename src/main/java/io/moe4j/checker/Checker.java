@@ -35,7 +35,13 @@ public final class Checker {
     /** Makes the command that repeats a case. */
     @FunctionalInterface
     public interface RepeatCommand {
-        /** The command for this case on {@code ranks} ranks of {@code backend}. */
+        /**
+         * {@return the command for this case on {@code ranks} ranks of {@code backend}}
+         *
+         * @param reference the case
+         * @param ranks R, number of ranks
+         * @param backend {@code cpu} or {@code cuda}
+         */
         String of(ReferenceCase reference, int ranks, String backend);
     }
 
@@ -45,7 +51,9 @@ public final class Checker {
      * @param config the layer, with weights and backend; ranks and M are set here
      * @param cases at least one, all of that layer
      * @param ranks R
+     * @param repeat gives the command that repeats a case
      * @param progress hears about weights being packed
+     * @return one result per case, in order
      */
     public List<CaseResult> check(
             MoeConfig config,
@@ -92,7 +100,11 @@ public final class Checker {
         return results;
     }
 
-    /** The tolerance that applies to a backend. */
+    /**
+     * {@return the tolerance that applies to a backend}
+     *
+     * @param backend {@code cpu} or {@code cuda}
+     */
     public double toleranceOf(String backend) {
         return tolerance.orElse(backend.equals("cpu") ? CPU_TOLERANCE : CUDA_TOLERANCE);
     }
@@ -100,6 +112,12 @@ public final class Checker {
     /**
      * Seeded hidden states [T, H]: standard normal, rounded to bfloat16 so that every backend gets
      * the same numbers. A layer's input depends on seed, layer and T only.
+     *
+     * @param seed seed of the values
+     * @param layer number of the layer
+     * @param tokens T, number of tokens
+     * @param hidden hidden states [T, H], row-major
+     * @return T · H values
      */
     public static float[] randomHidden(long seed, int layer, int tokens, int hidden) {
         Random random = new Random(seed * 1_000_003L + layer);
@@ -111,8 +129,12 @@ public final class Checker {
     }
 
     /**
-     * The tokens whose set of experts differs from the reference's. The order within a token has no
-     * meaning; a repeated or dropped id is a difference.
+     * {@return the tokens whose set of experts differs from the reference's} The order within a
+     * token has no meaning; a repeated or dropped id is a difference.
+     *
+     * @param reference the case
+     * @param got what the layer gave
+     * @param oracle for the scores of experts that tie
      */
     public static List<RoutingMismatch> mismatches(
             ReferenceCase reference, Routing got, Float64Oracle oracle) {

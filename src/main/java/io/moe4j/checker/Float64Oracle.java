@@ -31,7 +31,9 @@ public final class Float64Oracle {
     /**
      * An oracle for a layer.
      *
+     * @param weights the layer's weights
      * @param rule may be null if only {@link #routed} and {@link #shared} are used
+     * @param activation the layer's activation
      */
     public Float64Oracle(LayerWeights weights, RoutingRule rule, Activation activation) {
         this.weights = weights;
@@ -40,12 +42,22 @@ public final class Float64Oracle {
         this.activation = activation;
     }
 
-    /** An oracle for the layer of a configuration with weights. */
+    /**
+     * {@return an oracle for the layer of a configuration with weights}
+     *
+     * @param config the layer, with weights
+     */
     public static Float64Oracle of(MoeConfig config) {
         return new Float64Oracle(config.weights(), config.rule(), config.activation());
     }
 
-    /** The expected result for {@code tokens} rows of hidden states, [T, H]. */
+    /**
+     * {@return the expected result for {@code tokens} rows of hidden states, [T, H]}
+     *
+     * @param layer number of the layer
+     * @param hidden hidden states [T, H], row-major
+     * @param tokens T, number of tokens
+     */
     public ReferenceCase expect(int layer, float[] hidden, int tokens) {
         Routing routing = route(logits(hidden, tokens), tokens);
         double[] routed = routed(hidden, routing);
@@ -54,7 +66,13 @@ public final class Float64Oracle {
         return new ReferenceCase(layer, "oracle", tokens, hidden, routing, routed, full);
     }
 
-    /** Router logits [T, E]: router · x + bias in float64, rounded to float32 once. */
+    /**
+     * Router logits [T, E]: router · x + bias in float64, rounded to float32 once.
+     *
+     * @param hidden hidden states [T, H], row-major
+     * @param tokens T, number of tokens
+     * @return the logits
+     */
     public float[] logits(float[] hidden, int tokens) {
         WeightMatrix router = weights.router();
         if (router == null) {
@@ -69,7 +87,13 @@ public final class Float64Oracle {
         return logits;
     }
 
-    /** Applies the routing rule to logits [T, E]. */
+    /**
+     * Applies the routing rule to logits [T, E].
+     *
+     * @param logits router logits [T, E]
+     * @param tokens T, number of tokens
+     * @return ids and weights, [T, K]
+     */
     public Routing route(float[] logits, int tokens) {
         int k = shape.topK();
         int[] ids = new int[tokens * k];
@@ -87,8 +111,8 @@ public final class Float64Oracle {
     }
 
     /**
-     * The scores [E] one token's experts are chosen by, before groups are excluded: probabilities,
-     * logits or biased sigmoid scores.
+     * {@return the scores [E] one token's experts are chosen by, before groups are excluded:
+     * probabilities, logits or biased sigmoid scores}
      *
      * @param logits the token's logits, [E]
      */
@@ -97,8 +121,11 @@ public final class Float64Oracle {
     }
 
     /**
-     * Output of the routed experts [T, H] for given experts and weights. An id outside 0..E−1 is
-     * skipped; an expert listed twice contributes twice.
+     * {@return the output of the routed experts [T, H] for given experts and weights} An id outside
+     * 0..E−1 is skipped; an expert listed twice contributes twice.
+     *
+     * @param hidden hidden states [T, H], row-major
+     * @param routing ids and weights of each token
      */
     public double[] routed(float[] hidden, Routing routing) {
         double[] input = widen(hidden);
@@ -124,7 +151,13 @@ public final class Float64Oracle {
         return sum;
     }
 
-    /** Output of the shared expert [T, H], multiplied by its sigmoid gate; zeros without one. */
+    /**
+     * {@return the output of the shared expert [T, H], multiplied by its sigmoid gate; zeros
+     * without one}
+     *
+     * @param hidden hidden states [T, H], row-major
+     * @param tokens T, number of tokens
+     */
     public double[] shared(float[] hidden, int tokens) {
         ExpertWeights expert = weights.sharedExpert();
         double[] input = widen(hidden);

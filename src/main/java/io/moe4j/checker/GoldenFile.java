@@ -53,6 +53,8 @@ public final class GoldenFile implements AutoCloseable {
     /**
      * Opens a file and lists its cases.
      *
+     * @param path the file
+     * @return the file, read anew for each case
      * @throws CheckpointException if it is not a safetensors file or holds no case
      */
     public static GoldenFile open(Path path) {
@@ -76,12 +78,12 @@ public final class GoldenFile implements AutoCloseable {
         return new GoldenFile(path, file, List.copyOf(entries));
     }
 
-    /** Where the file lies. */
+    /** {@return where the file lies} */
     public Path path() {
         return path;
     }
 
-    /** All cases, by layer and number of tokens. */
+    /** {@return all cases, by layer and number of tokens} */
     public List<Entry> entries() {
         return entries;
     }
@@ -89,6 +91,9 @@ public final class GoldenFile implements AutoCloseable {
     /**
      * Reads a case and checks its tensors against the layer's shape.
      *
+     * @param entry which case
+     * @param shape the layer's sizes
+     * @return the case
      * @throws CheckpointException if a tensor is missing or has another shape
      */
     public ReferenceCase read(Entry entry, MoeShape shape) {

@@ -48,13 +48,20 @@ public final class LayerHarness implements AutoCloseable {
      *
      * @param config ranks, M and backend are used as given; the input is always the hidden states
      * @param progress hears about weights being packed
+     * @return the harness, which owns the layer
      */
     public static LayerHarness open(MoeConfig config, ProgressListener progress) {
         return over(
                 Moe.open(config.toBuilder().routingInput(RoutingInput.HIDDEN).build()), progress);
     }
 
-    /** Prepares a layer that routes by its own router, and takes it over. */
+    /**
+     * Prepares a layer that routes by its own router, and takes it over.
+     *
+     * @param layer number of the layer
+     * @param progress is told how far it is
+     * @return the harness, which closes the layer
+     */
     public static LayerHarness over(MoeLayer layer, ProgressListener progress) {
         try {
             layer.prepare(progress);
@@ -69,12 +76,23 @@ public final class LayerHarness implements AutoCloseable {
         }
     }
 
-    /** The smallest M that takes {@code tokens} tokens spread over {@code ranks} ranks. */
+    /**
+     * {@return the smallest M that takes {@code tokens} tokens spread over {@code ranks} ranks}
+     *
+     * @param tokens T, number of tokens
+     * @param ranks R, number of ranks
+     */
     public static int maxTokensPerRank(int tokens, int ranks) {
         return Math.max(1, (tokens + ranks - 1) / ranks);
     }
 
-    /** Tokens of each rank when {@code tokens} tokens are spread over {@code ranks} ranks. */
+    /**
+     * {@return the tokens of each rank when {@code tokens} tokens are spread over {@code ranks}
+     * ranks}
+     *
+     * @param tokens T, number of tokens
+     * @param ranks R, number of ranks
+     */
     public static int[] spread(int tokens, int ranks) {
         int[] counts = new int[ranks];
         Arrays.fill(counts, tokens / ranks);
@@ -84,12 +102,17 @@ public final class LayerHarness implements AutoCloseable {
         return counts;
     }
 
-    /** The layer. */
+    /** {@return the layer} */
     public MoeLayer layer() {
         return layer;
     }
 
-    /** Writes the input of the next steps, [T, H], and poisons everything else. */
+    /**
+     * Writes the input of the next steps, [T, H], and poisons everything else.
+     *
+     * @param hidden hidden states [T, H], row-major
+     * @param tokens T, number of tokens
+     */
     public void load(float[] hidden, int tokens) {
         MoeConfig config = layer.config();
         int h = config.shape().hidden();
@@ -113,7 +136,11 @@ public final class LayerHarness implements AutoCloseable {
         layer.check();
     }
 
-    /** Copies the result of the last step to the host. */
+    /**
+     * Copies the result of the last step to the host.
+     *
+     * @return output and routing of all ranks, in the order of the tokens
+     */
     public Output collect() {
         MoeConfig config = layer.config();
         int h = config.shape().hidden();

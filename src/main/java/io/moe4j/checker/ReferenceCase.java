@@ -19,7 +19,18 @@ public record ReferenceCase(
         Routing routing,
         double[] routed,
         double[] full) {
-    /** Checks that all parts have the same number of tokens. */
+    /**
+     * Checks that all parts have the same number of tokens.
+     *
+     * @param layer {@link #layer()}
+     * @param source {@link #source()}
+     * @param tokens {@link #tokens()}
+     * @param hidden {@link #hidden()}
+     * @param routing {@link #routing()}
+     * @param routed {@link #routed()}
+     * @param full {@link #full()}
+     * @throws IllegalArgumentException if a value is refused; the message names field and value
+     */
     public ReferenceCase {
         if (tokens < 1
                 || routing.tokens() != tokens
@@ -42,7 +53,7 @@ public record ReferenceCase(
         }
     }
 
-    /** H. */
+    /** {@return H} */
     public int width() {
         return hidden.length / tokens;
     }

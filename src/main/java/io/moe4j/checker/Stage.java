@@ -47,12 +47,12 @@ public enum Stage {
         this.title = title;
     }
 
-    /** The phase after which the stage can be compared. */
+    /** {@return the phase after which the stage can be compared} */
     public Phase phase() {
         return phase;
     }
 
-    /** Name for people. */
+    /** {@return the name for people} */
     public String title() {
         return title;
     }

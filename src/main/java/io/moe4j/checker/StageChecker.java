@@ -70,6 +70,7 @@ public final class StageChecker implements AutoCloseable {
      * @param config with weights; the backend is that of the layer under test
      * @param tolerance overrides the backend's tolerance if present
      * @param progress hears about weights being packed
+     * @return the checker, which owns both layers
      */
     public static StageChecker open(
             MoeConfig config, OptionalDouble tolerance, ProgressListener progress) {
@@ -91,6 +92,7 @@ public final class StageChecker implements AutoCloseable {
      * Runs one step and compares its stages.
      *
      * @param inputs one element per rank
+     * @return what was compared and the first differences
      * @throws IllegalStateException if an earlier step differed: both layers are left in the middle
      *     of that step
      * @throws io.moe4j.MoeFaultException if the layer reports a fault

@@ -13,13 +13,13 @@ import java.util.Optional;
  */
 public record StageReport(
         String backend, int stagesAgreeing, StageDifference difference, double tolerance) {
-    /** Whether all stages agree. */
+    /** {@return whether all stages agree} */
     @JsonProperty
     public boolean pass() {
         return difference == null;
     }
 
-    /** The first difference, if there is one. */
+    /** {@return the first difference, if there is one} */
     public Optional<StageDifference> firstDifference() {
         return Optional.ofNullable(difference);
     }

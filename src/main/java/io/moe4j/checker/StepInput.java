@@ -16,22 +16,47 @@ import java.util.List;
  */
 public record StepInput(
         int tokens, float[] hidden, int[] topkIds, float[] topkWeights, float[] routerLogits) {
-    /** Hidden states only. */
+    /**
+     * {@return the hidden states only}
+     *
+     * @param tokens T of this rank
+     * @param hidden hidden states [T, H], row-major
+     */
     public static StepInput hidden(int tokens, float[] hidden) {
         return new StepInput(tokens, hidden, null, null, null);
     }
 
-    /** Ids and weights by the caller. */
+    /**
+     * {@return the ids and weights by the caller}
+     *
+     * @param tokens T of this rank
+     * @param hidden hidden states [T, H], row-major
+     * @param ids expert ids [T, K]
+     * @param weights their weights [T, K]
+     */
     public static StepInput topk(int tokens, float[] hidden, int[] ids, float[] weights) {
         return new StepInput(tokens, hidden, ids, weights, null);
     }
 
-    /** Router logits by the caller. */
+    /**
+     * Router logits by the caller.
+     *
+     * @param tokens T of this rank
+     * @param hidden hidden states [T, H], row-major
+     * @param logits router logits [T, E]
+     * @return the input of one rank
+     */
     public static StepInput logits(int tokens, float[] hidden, float[] logits) {
         return new StepInput(tokens, hidden, null, null, logits);
     }
 
-    /** Hidden states [T, H] spread over ranks as {@link LayerHarness} does it. */
+    /**
+     * {@return the hidden states [T, H] spread over ranks as {@link LayerHarness} does it}
+     *
+     * @param hidden hidden states [T, H], row-major
+     * @param tokens T of this rank
+     * @param ranks R, number of ranks
+     */
     public static List<StepInput> spread(float[] hidden, int tokens, int ranks) {
         int width = tokens == 0 ? 0 : hidden.length / tokens;
         List<StepInput> inputs = new ArrayList<>();

@@ -10,7 +10,15 @@ package io.moe4j.checker;
  * @param worstToken the first token with that error, −1 if there are no tokens
  */
 public record TokenErrors(double max, int worstToken) {
-    /** Compares [T, width] outputs, row-major. */
+    /**
+     * Compares [T, width] outputs, row-major.
+     *
+     * @param got what the layer gave
+     * @param want what was expected
+     * @param tokens T, number of tokens
+     * @param width columns of both
+     * @return the errors
+     */
     public static TokenErrors of(float[] got, double[] want, int tokens, int width) {
         if (got.length != tokens * width || want.length != tokens * width) {
             throw new IllegalArgumentException(

@@ -48,13 +48,20 @@ public final class Main {
             description = "Print the stack trace of an error (as MOE4J_STACKTRACE=1 does).")
     private boolean stacktrace;
 
-    /** Runs a command and exits with its code. */
+    /** For picocli. */
+    public Main() {}
+
+    /**
+     * Runs a command and exits with its code.
+     *
+     * @param args the command line
+     */
     public static void main(String[] args) {
         LIBRARY_LOG.setLevel(Level.WARNING); // commands print the chosen backend themselves
         System.exit(commandLine().execute(args));
     }
 
-    /** The configured command line; tests set its writers. */
+    /** {@return the configured command line; tests set its writers} */
     public static CommandLine commandLine() {
         Main main = new Main();
         return new CommandLine(main)

@@ -59,7 +59,14 @@ public final class CudaProbe implements AutoCloseable {
         stream = own(new Stream(context));
     }
 
-    /** Random weights that a kernel fills in on prepare; the host can read the same numbers. */
+    /**
+     * {@return the random weights that a kernel fills in on prepare; the host can read the same
+     * numbers}
+     *
+     * @param shape the layer's sizes
+     * @param vectors the vectors of the layer
+     * @param seed seed of the values
+     */
     public static LayerWeights randomWeights(MoeShape shape, RandomWeights vectors, long seed) {
         return new DeviceRandomWeights(shape, vectors, seed);
     }
@@ -69,7 +76,7 @@ public final class CudaProbe implements AutoCloseable {
         return resource;
     }
 
-    /** The stream everything here runs on. */
+    /** {@return the stream everything here runs on} */
     public long stream() {
         return stream.handle();
     }
@@ -79,45 +86,50 @@ public final class CudaProbe implements AutoCloseable {
         stream.synchronize();
     }
 
-    /** Name of the GPU. */
+    /** {@return the name of the GPU} */
     public String gpu() {
         return context.driver().deviceName(context.device());
     }
 
-    /** PCI bus address of the GPU. */
+    /** {@return PCI bus address of the GPU} */
     public String pciBusId() {
         return context.driver().devicePciBusId(context.device());
     }
 
-    /** Newest CUDA version the driver supports, for example {@code 13.0}. */
+    /** {@return the newest CUDA version the driver supports, for example {@code 13.0}} */
     public String driverCuda() {
         int version = context.driver().version();
         return version / 1000 + "." + version % 1000 / 10;
     }
 
-    /** Highest SM clock in MHz. */
+    /** {@return the highest SM clock in MHz} */
     public int maxSmClockMhz() {
         return context.attribute(DeviceAttribute.CLOCK_RATE_KHZ) / 1000;
     }
 
-    /** The kernel image in use. */
+    /** {@return the kernel image in use} */
     public String kernels() {
         return KernelCatalog.choose(context.driver(), context.device()).description();
     }
 
-    /** How kernels that may start before their predecessor ends are launched. */
+    /** {@return how kernels that may start before their predecessor ends are launched} */
     public String pdl() {
         return context.driver().pdlSupport().reason();
     }
 
-    /** Free device memory in bytes. */
+    /** {@return the free device memory in bytes} */
     public long freeBytes() {
         try (Scope scope = context.enter()) {
             return context.driver().memGetInfo().free();
         }
     }
 
-    /** The kernels of a part of the experts phase, in order. */
+    /**
+     * {@return the kernels of a part of the experts phase, in order}
+     *
+     * @param step bound by a layer of the CUDA backend
+     * @param part which part
+     */
     public static List<String> kernels(BoundStep step, Part part) {
         return ((CudaStep) step).cudaLayer().expertSymbols(part);
     }
@@ -126,6 +138,9 @@ public final class CudaProbe implements AutoCloseable {
      * Enqueues a part of the experts phase, as a step launches it, on rows that an earlier step
      * left in the buffers. A layer that computes both products in one kernel launches one product
      * by the kernel that computes it alone.
+     *
+     * @param step bound by a layer of the CUDA backend
+     * @param part which part
      */
     public void launchExperts(BoundStep step, Part part) {
         CudaStep cuda = (CudaStep) step;
@@ -147,7 +162,14 @@ public final class CudaProbe implements AutoCloseable {
         return rotating;
     }
 
-    /** Captures {@code rounds} rounds of a part of the experts phase over steps of any layers. */
+    /**
+     * Captures {@code rounds} rounds of a part of the experts phase over steps of any layers.
+     *
+     * @param steps bound by layers of the CUDA backend
+     * @param part which part
+     * @param rounds how often
+     * @return the graph, owned by the caller
+     */
     public MoeGraph captureExperts(List<? extends BoundStep> steps, Part part, int rounds) {
         Set<CudaLayer> pinned = Collections.newSetFromMap(new IdentityHashMap<>());
         try {
@@ -175,8 +197,11 @@ public final class CudaProbe implements AutoCloseable {
     }
 
     /**
-     * Device time of {@code work}, which enqueues on {@link #stream}, in microseconds: one sample
-     * per call, from the end of the one before to its own end.
+     * {@return the device time of {@code work}, which enqueues on {@link #stream}, in microseconds:
+     * one sample per call, from the end of the one before to its own end}
+     *
+     * @param work enqueues what is timed
+     * @param samples how many samples
      */
     public double[] deviceUs(Runnable work, int samples) {
         List<Event> events = new ArrayList<>();
@@ -202,10 +227,12 @@ public final class CudaProbe implements AutoCloseable {
     }
 
     /**
-     * cuBLAS over the same experts, one call each, with the counts known on the host: the way
-     * without a grouped kernel. Random weights and rows; no activation in between.
+     * {@return the cuBLAS over the same experts, one call each, with the counts known on the host:
+     * the way without a grouped kernel} Random weights and rows; no activation in between.
      *
      * @param counts rows of each expert; experts without rows are left out
+     * @param hidden H
+     * @param intermediate I
      * @param sets weight sets to rotate
      * @throws io.moe4j.BackendUnavailableException if cuBLAS cannot be used
      */
@@ -269,7 +296,14 @@ public final class CudaProbe implements AutoCloseable {
             return buffer.address();
         }
 
-        /** A graph of {@code rounds} rounds over the first weight sets; the caller closes it. */
+        /**
+         * {@return a graph of {@code rounds} rounds over the first weight sets; the caller closes
+         * it}
+         *
+         * @param part which part
+         * @param weightSets sets of weights to go through, so that they are not in the cache
+         * @param rounds how often
+         */
         public Replay capture(Part part, int weightSets, int rounds) {
             return new Replay(
                     GraphExec.capture(
@@ -314,7 +348,7 @@ public final class CudaProbe implements AutoCloseable {
             }
         }
 
-        /** Version of cuBLAS. */
+        /** {@return the version of cuBLAS} */
         public int version() {
             return gemm.version();
         }

@@ -22,7 +22,14 @@ public record Activation(Kind kind, float alpha, float limit) {
         CLAMPED_SWIGLU
     }
 
-    /** Checks that the parameters of the clamped variant are finite and positive. */
+    /**
+     * Checks that the parameters of the clamped variant are finite and positive.
+     *
+     * @param kind which formula
+     * @param alpha slope inside the sigmoid; finite and positive for CLAMPED_SWIGLU
+     * @param limit clamp bound; finite and positive for CLAMPED_SWIGLU
+     * @throws IllegalArgumentException naming the parameter that is not
+     */
     public Activation {
         if (kind == Kind.CLAMPED_SWIGLU
                 && !(alpha > 0 && limit > 0 && Float.isFinite(alpha) && Float.isFinite(limit))) {
@@ -34,12 +41,19 @@ public record Activation(Kind kind, float alpha, float limit) {
         }
     }
 
-    /** Plain SwiGLU. */
+    /** {@return the plain SwiGLU} */
     public static Activation swiGlu() {
         return new Activation(Kind.SWIGLU, 1f, Float.POSITIVE_INFINITY);
     }
 
-    /** gpt-oss' clamped variant; its models use alpha 1.702 and limit 7. */
+    /**
+     * gpt-oss' clamped variant; its models use alpha 1.702 and limit 7.
+     *
+     * @param alpha slope inside the sigmoid, finite and positive
+     * @param limit clamp bound, finite and positive
+     * @return the activation
+     * @throws IllegalArgumentException if one is not
+     */
     public static Activation clampedSwiGlu(float alpha, float limit) {
         return new Activation(Kind.CLAMPED_SWIGLU, alpha, limit);
     }

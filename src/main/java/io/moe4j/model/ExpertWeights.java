@@ -18,7 +18,17 @@ public record ExpertWeights(
         float[] gateBias,
         float[] upBias,
         float[] downBias) {
-    /** Checks that the three matrices and the biases fit each other. */
+    /**
+     * Checks that the three matrices and the biases fit each other.
+     *
+     * @param gate {@code [I, H]}; gives I and H
+     * @param up {@code [I, H]}
+     * @param down {@code [H, I]}
+     * @param gateBias {@code [I]}, or null together with the others
+     * @param upBias {@code [I]} or null
+     * @param downBias {@code [H]} or null
+     * @throws IllegalArgumentException naming the matrix or bias that does not fit
+     */
     public ExpertWeights {
         int intermediate = gate.rows();
         int hidden = gate.cols();
@@ -33,12 +43,19 @@ public record ExpertWeights(
         }
     }
 
-    /** An expert without biases. */
+    /**
+     * {@return an expert without biases}
+     *
+     * @param gate {@code [I, H]}
+     * @param up {@code [I, H]}
+     * @param down {@code [H, I]}
+     * @throws IllegalArgumentException naming the matrix that does not fit
+     */
     public static ExpertWeights of(WeightMatrix gate, WeightMatrix up, WeightMatrix down) {
         return new ExpertWeights(gate, up, down, null, null, null);
     }
 
-    /** True if the expert has biases. */
+    /** {@return true if the expert has biases} */
     public boolean hasBias() {
         return gateBias != null;
     }

@@ -6,33 +6,41 @@ package io.moe4j.model;
  * The source must stay open until then.
  */
 public interface LayerWeights {
-    /** The layer's sizes. */
+    /** {@return the layer's sizes} */
     MoeShape shape();
 
-    /** Routed expert {@code expert}, 0 ≤ expert &lt; E. */
+    /**
+     * Routed expert {@code expert}. May be called by several threads at a time.
+     *
+     * @param expert number over all ranks, 0 ≤ expert &lt; E
+     * @return its matrices, which are read when they are asked for
+     */
     ExpertWeights expert(int expert);
 
-    /** Whether the routed experts have biases. */
+    /** {@return whether the routed experts have biases} */
     boolean hasBias();
 
-    /** Router matrix {@code [E, H]}, or null if the caller always routes itself. */
+    /** {@return the router matrix {@code [E, H]}, or null if the caller always routes itself} */
     WeightMatrix router();
 
-    /** Router bias {@code [E]} added to the logits, or null. */
+    /** {@return the router bias {@code [E]} that is added to the logits, or null} */
     float[] routerBias();
 
-    /** Correction bias {@code [E]} added to sigmoid scores for selection only, or null. */
+    /**
+     * {@return the correction bias {@code [E]} that is added to sigmoid scores for selection only,
+     * or null}
+     */
     float[] correctionBias();
 
-    /** The shared expert (several are stored as one wide one), or null. */
+    /** {@return the shared expert (several are stored as one wide one), or null} */
     ExpertWeights sharedExpert();
 
     /**
-     * Gate vector {@code [H]} of the shared expert, or null: the shared expert's output is
-     * multiplied by {@code sigmoid(gate · x)}.
+     * {@return the gate vector {@code [H]} of the shared expert, or null: the shared expert's
+     * output is multiplied by {@code sigmoid(gate · x)}}
      */
     float[] sharedExpertGate();
 
-    /** One line that says where the weights come from, for plans and reports. */
+    /** {@return one line that says where the weights come from, for plans and reports} */
     String description();
 }

@@ -53,27 +53,32 @@ public enum ModelPreset {
         this.rule = rule;
     }
 
-    /** The name used on the command line. */
+    /** {@return the name used on the command line} */
     public String id() {
         return id;
     }
 
-    /** The layer's sizes. */
+    /** {@return the layer's sizes} */
     public MoeShape shape() {
         return shape;
     }
 
-    /** The model's routing rule. */
+    /** {@return the model's routing rule} */
     public RoutingRule rule() {
         return rule;
     }
 
-    /** The model's activation. */
+    /** {@return the model's activation} */
     public Activation activation() {
         return isGptOss() ? Activation.clampedSwiGlu(1.702f, 7f) : Activation.swiGlu();
     }
 
-    /** Random weights with the parts this model has (biases, shared gate, correction bias). */
+    /**
+     * {@return the random weights with the parts this model has (biases, shared gate, correction
+     * bias)}
+     *
+     * @param seed seed of all values
+     */
     public RandomWeights randomWeights(long seed) {
         RandomWeights weights = RandomWeights.of(shape, seed);
         if (isGptOss()) {
@@ -88,12 +93,16 @@ public enum ModelPreset {
         return weights;
     }
 
-    /** The preset of that name, ignoring case. */
+    /**
+     * {@return the preset of that name, ignoring case}
+     *
+     * @param id a name as on the command line
+     */
     public static Optional<ModelPreset> find(String id) {
         return Arrays.stream(values()).filter(p -> p.id.equalsIgnoreCase(id)).findFirst();
     }
 
-    /** All names, comma-separated. */
+    /** {@return all names, comma-separated} */
     public static String ids() {
         return Arrays.stream(values()).map(ModelPreset::id).collect(Collectors.joining(", "));
     }

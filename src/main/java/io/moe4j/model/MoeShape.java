@@ -15,7 +15,16 @@ public record MoeShape(
     /** Largest topK: one warp's worth of experts per token. */
     public static final int MAX_TOP_K = 32;
 
-    /** Checks every field; messages name the field, the value and the cure. */
+    /**
+     * Checks every field; messages name the field, the value and the cure.
+     *
+     * @param hidden H, positive
+     * @param intermediate I, positive
+     * @param experts E, positive
+     * @param topK K, from 1 to E and at most {@link #MAX_TOP_K}
+     * @param sharedIntermediate width of the shared expert; 0 for none
+     * @throws IllegalArgumentException naming field, value and cure
+     */
     public MoeShape {
         requirePositive("hidden", hidden);
         requirePositive("intermediate", intermediate);
@@ -37,12 +46,20 @@ public record MoeShape(
         }
     }
 
-    /** A layer without shared experts. */
+    /**
+     * {@return a layer without shared experts}
+     *
+     * @param hidden H
+     * @param intermediate I
+     * @param experts E
+     * @param topK K
+     * @throws IllegalArgumentException naming field, value and cure
+     */
     public static MoeShape of(int hidden, int intermediate, int experts, int topK) {
         return new MoeShape(hidden, intermediate, experts, topK, 0);
     }
 
-    /** Weights of one routed expert: gate, up and down, 3·H·I elements. */
+    /** {@return the weights of one routed expert: gate, up and down, 3·H·I elements} */
     public long expertElements() {
         return 3L * hidden * intermediate;
     }

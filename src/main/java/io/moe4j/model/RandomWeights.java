@@ -23,22 +23,39 @@ public final class RandomWeights implements LayerWeights {
         this.correction = correction;
     }
 
-    /** Weights of a layer without biases. */
+    /**
+     * {@return the weights of a layer without biases}
+     *
+     * @param shape the layer's sizes
+     * @param seed equal seeds give equal weights
+     */
     public static RandomWeights of(MoeShape shape, long seed) {
         return new RandomWeights(shape, seed, false, false, false);
     }
 
-    /** The same with expert and router biases (gpt-oss). */
+    /**
+     * The same with expert and router biases (gpt-oss).
+     *
+     * @return new weights; these stay as they are
+     */
     public RandomWeights withBias() {
         return new RandomWeights(shape, seed, true, sharedGate, correction);
     }
 
-    /** The same with a sigmoid gate on the shared expert (Qwen2-MoE). */
+    /**
+     * The same with a sigmoid gate on the shared expert (Qwen2-MoE).
+     *
+     * @return new weights; these stay as they are
+     */
     public RandomWeights withSharedGate() {
         return new RandomWeights(shape, seed, bias, true, correction);
     }
 
-    /** The same with a correction bias for sigmoid routing (DeepSeek-V3). */
+    /**
+     * The same with a correction bias for sigmoid routing (DeepSeek-V3).
+     *
+     * @return new weights; these stay as they are
+     */
     public RandomWeights withCorrectionBias() {
         return new RandomWeights(shape, seed, bias, sharedGate, true);
     }

@@ -42,7 +42,16 @@ public record RoutingRule(
     /** Added to the sum before dividing, SIGMOID only (as in DeepSeek-V3's published code). */
     public static final double SIGMOID_SUM_EPSILON = 1e-20;
 
-    /** Checks the fields against each other. */
+    /**
+     * Checks the fields against each other.
+     *
+     * @param scoring the score function
+     * @param renormalise whether the chosen weights are divided by their sum
+     * @param groups number of expert groups; 1 unless SIGMOID
+     * @param topkGroups number of groups that may be chosen from, 1 to {@code groups}
+     * @param scale finite factor on the final weights
+     * @throws IllegalArgumentException naming the fields and their values
+     */
     public RoutingRule {
         if (scoring == null) {
             throw new IllegalArgumentException("scoring is null: choose a RoutingRule.Scoring");
@@ -64,17 +73,35 @@ public record RoutingRule(
         }
     }
 
-    /** Softmax over all experts, top-k, optionally renormalised. */
+    /**
+     * Softmax over all experts, top-k, optionally renormalised.
+     *
+     * @param renormalise whether the chosen weights are divided by their sum
+     * @return the rule of Mixtral, Qwen and OLMoE
+     */
     public static RoutingRule softmaxTopK(boolean renormalise) {
         return new RoutingRule(Scoring.SOFTMAX, renormalise, 1, 1, 1f);
     }
 
-    /** Top-k by logit, then softmax over the chosen logits. */
+    /**
+     * Top-k by logit, then softmax over the chosen logits.
+     *
+     * @return the rule of gpt-oss
+     */
     public static RoutingRule topKSoftmax() {
         return new RoutingRule(Scoring.TOPK_SOFTMAX, false, 1, 1, 1f);
     }
 
-    /** Sigmoid scores with correction bias and group-limited top-k. */
+    /**
+     * Sigmoid scores with correction bias and group-limited top-k.
+     *
+     * @param groups number of expert groups; a divisor of E
+     * @param topkGroups number of groups that may be chosen from
+     * @param renormalise whether the chosen weights are divided by their sum
+     * @param scale factor on the final weights
+     * @return the rule of DeepSeek-V3, GLM-4-MoE and Kimi-K2
+     * @throws IllegalArgumentException naming the fields that do not fit each other
+     */
     public static RoutingRule sigmoidGrouped(
             int groups, int topkGroups, boolean renormalise, float scale) {
         return new RoutingRule(Scoring.SIGMOID, renormalise, groups, topkGroups, scale);
@@ -83,6 +110,7 @@ public record RoutingRule(
     /**
      * Checks this rule against a layer's shape.
      *
+     * @param shape the layer's sizes
      * @throws IllegalArgumentException naming the fields that do not fit
      */
     public void validate(MoeShape shape) {

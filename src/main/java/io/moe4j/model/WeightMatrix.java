@@ -6,10 +6,10 @@ package io.moe4j.model;
  * Implementations are safe for concurrent reads.
  */
 public interface WeightMatrix {
-    /** Number of outputs. */
+    /** {@return the number of outputs} */
     int rows();
 
-    /** Number of inputs. */
+    /** {@return the number of inputs} */
     int cols();
 
     /**
@@ -19,7 +19,14 @@ public interface WeightMatrix {
      */
     void read(float[] to);
 
-    /** A matrix over an array, {@code [rows, cols]} row-major; the array is not copied. */
+    /**
+     * {@return a matrix over an array, {@code [rows, cols]} row-major; the array is not copied}
+     *
+     * @param values exactly {@code rows · cols}, row-major
+     * @param rows number of outputs
+     * @param cols number of inputs
+     * @throws IllegalArgumentException if the number of values does not fit
+     */
     static WeightMatrix of(float[] values, int rows, int cols) {
         if (values.length != Math.multiplyExact(rows, cols)) {
             throw new IllegalArgumentException(

@@ -4,13 +4,21 @@ package io.moe4j.tensor;
 public final class Bf16 {
     private Bf16() {}
 
-    /** Widens exactly. */
+    /**
+     * Widens exactly.
+     *
+     * @param bits a bfloat16
+     * @return the same value; a NaN stays a NaN
+     */
     public static float toFloat(short bits) {
         return Float.intBitsToFloat(bits << 16);
     }
 
     /**
      * Rounds to nearest, ties to even; overflow becomes infinity, every NaN stays a (quiet) NaN.
+     *
+     * @param value any float
+     * @return the bits of the nearest bfloat16
      */
     public static short fromFloat(float value) {
         int bits = Float.floatToRawIntBits(value);

@@ -27,17 +27,17 @@ public enum DType {
         this.safetensorsName = safetensorsName;
     }
 
-    /** Size of one element in bytes. */
+    /** {@return the size of one element in bytes} */
     public int bytes() {
         return bytes;
     }
 
-    /** The name this type has in a safetensors header. */
+    /** {@return the name this type has in a safetensors header} */
     public String safetensorsName() {
         return safetensorsName;
     }
 
-    /** True for the types hidden states may have: F32, F16 and BF16. */
+    /** {@return true for the types hidden states may have: F32, F16 and BF16} */
     public boolean isActivation() {
         return this == F32 || this == F16 || this == BF16;
     }

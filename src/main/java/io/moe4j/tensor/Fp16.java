@@ -4,7 +4,12 @@ package io.moe4j.tensor;
 public final class Fp16 {
     private Fp16() {}
 
-    /** Widens exactly, subnormals included. */
+    /**
+     * Widens exactly, subnormals included.
+     *
+     * @param half an IEEE binary16
+     * @return the same value; a NaN stays a NaN
+     */
     public static float toFloat(short half) {
         int sign = (half & 0x8000) << 16;
         int exponent = (half >>> 10) & 0x1f;
@@ -21,6 +26,9 @@ public final class Fp16 {
 
     /**
      * Rounds to nearest, ties to even; overflow becomes infinity, every NaN stays a (quiet) NaN.
+     *
+     * @param value any float
+     * @return the bits of the nearest binary16
      */
     public static short fromFloat(float value) {
         int bits = Float.floatToRawIntBits(value);

@@ -25,7 +25,12 @@ public final class Fp8E4m3 {
 
     private Fp8E4m3() {}
 
-    /** Widens exactly. */
+    /**
+     * Widens exactly.
+     *
+     * @param bits an FP8 number with 4 exponent and 3 mantissa bits
+     * @return the same value
+     */
     public static float toFloat(byte bits) {
         return VALUES[bits & 0xff];
     }

@@ -32,6 +32,9 @@ public final class Tensor {
      * A view of host memory from the buffer's position on.
      *
      * @param buffer heap or direct; its byte order is ignored, elements are little-endian
+     * @param dtype element type
+     * @param shape sizes, the last one contiguous
+     * @return the view; it shares the buffer's content and does not move its position
      * @throws IllegalArgumentException if fewer bytes remain than the shape needs
      */
     public static Tensor host(ByteBuffer buffer, DType dtype, long... shape) {
@@ -53,6 +56,9 @@ public final class Tensor {
     /**
      * New zeroed direct host memory, freed by the garbage collector.
      *
+     * @param dtype element type
+     * @param shape sizes, the last one contiguous
+     * @return the tensor
      * @throws IllegalArgumentException if the tensor needs 2 GiB or more (the limit of one buffer)
      */
     public static Tensor allocateHost(DType dtype, long... shape) {
@@ -66,14 +72,28 @@ public final class Tensor {
         return host(ByteBuffer.allocateDirect((int) bytes), dtype, shape);
     }
 
-    /** A new host tensor of type F32 with a copy of {@code values}. */
+    /**
+     * A new host tensor of type F32 with a copy of {@code values}.
+     *
+     * @param values as many as the shape has elements; copied
+     * @param shape sizes, the last one contiguous
+     * @return the tensor
+     * @throws IllegalArgumentException if the number of values does not fit the shape
+     */
     public static Tensor ofFloats(float[] values, long... shape) {
         Tensor tensor = allocateHost(DType.F32, shape);
         tensor.setFloats(values);
         return tensor;
     }
 
-    /** A new host tensor of type I32 with a copy of {@code values}. */
+    /**
+     * A new host tensor of type I32 with a copy of {@code values}.
+     *
+     * @param values as many as the shape has elements; copied
+     * @param shape sizes, the last one contiguous
+     * @return the tensor
+     * @throws IllegalArgumentException if the number of values does not fit the shape
+     */
     public static Tensor ofInts(int[] values, long... shape) {
         Tensor tensor = allocateHost(DType.I32, shape);
         tensor.requireCount(values.length);
@@ -85,6 +105,10 @@ public final class Tensor {
      * A view of device memory.
      *
      * @param address device address in bytes (a CUdeviceptr), owned by the caller
+     * @param dtype element type
+     * @param shape sizes, the last one contiguous
+     * @return the view; it owns nothing, and the memory must outlive every step and graph that uses
+     *     it
      * @throws IllegalArgumentException if the address is 0 or not aligned to the element size
      */
     public static Tensor device(long address, DType dtype, long... shape) {
@@ -101,32 +125,36 @@ public final class Tensor {
         return new Tensor(dtype, shape, null, address);
     }
 
-    /** Element type. */
+    /** {@return the element type} */
     public DType dtype() {
         return dtype;
     }
 
-    /** A copy of the shape. */
+    /** {@return a copy of the shape} */
     public long[] shape() {
         return shape.clone();
     }
 
-    /** Number of elements. */
+    /** {@return the number of elements} */
     public long elements() {
         return elements;
     }
 
-    /** Number of bytes: elements × element size. */
+    /** {@return the number of bytes: elements × element size} */
     public long bytes() {
         return elements * dtype.bytes();
     }
 
-    /** True if the memory is host memory. */
+    /** {@return true if the memory is host memory} */
     public boolean isHost() {
         return host != null;
     }
 
-    /** Device address in bytes. @throws IllegalStateException for host memory */
+    /**
+     * {@return the device address in bytes}
+     *
+     * @throws IllegalStateException for host memory
+     */
     public long address() {
         if (host != null) {
             throw new IllegalStateException("a host tensor has no device address");
@@ -135,7 +163,7 @@ public final class Tensor {
     }
 
     /**
-     * The host memory, little-endian, position 0; shares content with this tensor.
+     * {@return the host memory, little-endian, position 0; shares content with this tensor}
      *
      * @throws IllegalStateException for device memory
      */
@@ -147,7 +175,13 @@ public final class Tensor {
         return host.duplicate().order(ByteOrder.LITTLE_ENDIAN);
     }
 
-    /** Element {@code index} widened to float; host tensors of any floating or I32 type. */
+    /**
+     * {@return the element {@code index} widened to float; host tensors of any floating or I32
+     * type}
+     *
+     * @param index element, row-major
+     * @throws IllegalStateException for device memory
+     */
     public float getFloat(long index) {
         int i = Math.toIntExact(Objects.checkIndex(index, elements));
         return switch (dtype) {
@@ -161,7 +195,13 @@ public final class Tensor {
         };
     }
 
-    /** Stores {@code value}, rounded to nearest even; host tensors of type F32, F16 or BF16. */
+    /**
+     * Stores {@code value}, rounded to nearest even; host tensors of type F32, F16 or BF16.
+     *
+     * @param index element, row-major
+     * @param value stored as the nearest value of the type
+     * @throws IllegalStateException for device memory
+     */
     public void setFloat(long index, float value) {
         int i = Math.toIntExact(Objects.checkIndex(index, elements));
         switch (dtype) {
@@ -172,26 +212,45 @@ public final class Tensor {
         }
     }
 
-    /** Element {@code index} of an I32 host tensor. */
+    /**
+     * {@return the element {@code index} of an I32 host tensor}
+     *
+     * @param index element, row-major
+     * @throws IllegalStateException for device memory
+     */
     public int getInt(long index) {
         requireInts();
         return host.getInt(Math.toIntExact(Objects.checkIndex(index, elements)) * 4);
     }
 
-    /** Stores element {@code index} of an I32 host tensor. */
+    /**
+     * Stores element {@code index} of an I32 host tensor.
+     *
+     * @param index element, row-major
+     * @param value the value
+     * @throws IllegalStateException for device memory
+     */
     public void setInt(long index, int value) {
         requireInts();
         host.putInt(Math.toIntExact(Objects.checkIndex(index, elements)) * 4, value);
     }
 
-    /** All elements widened to float, row-major; host tensors only. */
+    /**
+     * {@return all elements widened to float, row-major; host tensors only}
+     *
+     * @throws IllegalStateException for device memory
+     */
     public float[] toFloats() {
         float[] values = new float[Math.toIntExact(elements)];
         readFloats(0, values, 0, values.length);
         return values;
     }
 
-    /** All elements of an I32 host tensor, row-major. */
+    /**
+     * {@return all elements of an I32 host tensor, row-major}
+     *
+     * @throws IllegalStateException for device memory
+     */
     public int[] toInts() {
         requireInts();
         int[] values = new int[Math.toIntExact(elements)];
@@ -199,13 +258,26 @@ public final class Tensor {
         return values;
     }
 
-    /** Fills a host tensor from {@code values}, rounding to nearest even. */
+    /**
+     * Fills a host tensor from {@code values}, rounding to nearest even.
+     *
+     * @param values as many as the tensor has elements, row-major
+     * @throws IllegalStateException for device memory
+     */
     public void setFloats(float[] values) {
         requireCount(values.length);
         writeFloats(values, 0, 0, values.length);
     }
 
-    /** Reads {@code count} elements from element {@code from} on, widened; host tensors only. */
+    /**
+     * Reads {@code count} elements from element {@code from} on, widened; host tensors only.
+     *
+     * @param from first element, row-major
+     * @param to destination
+     * @param toOffset first element of the destination
+     * @param count how many
+     * @throws IllegalStateException for device memory
+     */
     public void readFloats(long from, float[] to, int toOffset, int count) {
         Objects.checkFromIndexSize(from, count, elements);
         ByteBuffer bytes = buffer();
@@ -235,7 +307,15 @@ public final class Tensor {
         }
     }
 
-    /** Stores {@code count} values at element {@code to} on, rounded; host tensors only. */
+    /**
+     * Stores {@code count} values at element {@code to} on, rounded; host tensors only.
+     *
+     * @param from source
+     * @param fromOffset first element of the source
+     * @param to first element of the tensor, row-major
+     * @param count how many
+     * @throws IllegalStateException for device memory
+     */
     public void writeFloats(float[] from, int fromOffset, long to, int count) {
         Objects.checkFromIndexSize(to, count, elements);
         ByteBuffer bytes = buffer();
@@ -262,8 +342,10 @@ public final class Tensor {
     }
 
     /**
-     * True if the other tensor is of this type and shape and stands for the same memory: the same
-     * device address; on the host the same tensor, or a copy of the reference to it.
+     * {@return true if the other tensor is of this type and shape and stands for the same memory:
+     * the same device address; on the host the same tensor, or a copy of the reference to it}
+     *
+     * @param other any tensor
      */
     public boolean isSameAs(Tensor other) {
         return other == this
@@ -275,7 +357,11 @@ public final class Tensor {
                         && Arrays.equals(shape, other.shape));
     }
 
-    /** True if the shape is exactly {@code expected}. */
+    /**
+     * {@return true if the shape is exactly {@code expected}}
+     *
+     * @param expected the sizes, outermost first
+     */
     public boolean hasShape(long... expected) {
         return Arrays.equals(shape, expected);
     }

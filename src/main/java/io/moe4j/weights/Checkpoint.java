@@ -53,6 +53,8 @@ public final class Checkpoint implements AutoCloseable {
     /**
      * Opens a model folder: reads its configuration and the headers of all its weight files.
      *
+     * @param path the model folder
+     * @return the checkpoint; the caller closes it after its layers are prepared
      * @throws CheckpointException if anything in the folder is missing, damaged or not supported
      */
     public static Checkpoint open(Path path) {
@@ -65,22 +67,22 @@ public final class Checkpoint implements AutoCloseable {
         }
     }
 
-    /** Name of the model family whose rules are applied, such as {@code qwen3_moe}. */
+    /** {@return the name of the model family whose rules are applied, such as {@code qwen3_moe}} */
     public String family() {
         return family.name();
     }
 
-    /** The configuration's model_type, or {@code unknown}. */
+    /** {@return the configuration's model_type, or {@code unknown}} */
     public String modelType() {
         return folder.config().modelTypes().stream().findFirst().orElse("unknown");
     }
 
-    /** All layers in order. */
+    /** {@return all layers in order} */
     public List<LayerInfo> layers() {
         return layers;
     }
 
-    /** Numbers of the Mixture-of-Experts layers, ascending. */
+    /** {@return the numbers of the Mixture-of-Experts layers, ascending} */
     public List<Integer> moeLayers() {
         return layers.stream()
                 .filter(layer -> layer.kind() == LayerInfo.Kind.MOE)
@@ -91,6 +93,8 @@ public final class Checkpoint implements AutoCloseable {
     /**
      * Opens one layer: finds all its tensors and checks their shapes and types, reading none.
      *
+     * @param index number of the layer, from 0
+     * @return the layer, which is readable until this checkpoint is closed
      * @throws CheckpointException if the layer is absent, not a Mixture-of-Experts layer, or has a
      *     tensor that is missing, unexpected or does not fit
      */

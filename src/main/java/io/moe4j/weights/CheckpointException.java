@@ -7,12 +7,21 @@ package io.moe4j.weights;
 public final class CheckpointException extends IllegalArgumentException {
     private static final int LONGEST_QUOTE = 160;
 
-    /** An error with a message for the user. */
+    /**
+     * An error with a message for the user.
+     *
+     * @param message names the file, what is wrong and the cure
+     */
     public CheckpointException(String message) {
         super(message);
     }
 
-    /** An error with a message for the user and the failure that led to it. */
+    /**
+     * An error with a message for the user and the failure that led to it.
+     *
+     * @param message names the file, what is wrong and the cure
+     * @param cause the failure that led to it
+     */
     public CheckpointException(String message, Throwable cause) {
         super(message, cause);
     }

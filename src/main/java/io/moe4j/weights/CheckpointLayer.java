@@ -56,24 +56,24 @@ public final class CheckpointLayer implements LayerWeights {
         tensors.requireAllUsed(family.name(), shape);
     }
 
-    /** The layer's number in the checkpoint. */
+    /** {@return the layer's number in the checkpoint} */
     public int index() {
         return index;
     }
 
-    /** The model's routing rule. */
+    /** {@return the model's routing rule} */
     public RoutingRule rule() {
         return rule;
     }
 
-    /** The model's activation. */
+    /** {@return the model's activation} */
     public Activation activation() {
         return activation;
     }
 
     /**
-     * A configuration builder with this layer's weights, rule and activation, routing from hidden
-     * states, and F32 output.
+     * {@return a configuration builder with this layer's weights, rule and activation, routing from
+     * hidden states, and F32 output}
      */
     public MoeConfig.Builder config() {
         return MoeConfig.builder()

@@ -14,7 +14,12 @@ public final class EngineTensor {
     /** Memory that hands out views of itself; safe for concurrent use. */
     @FunctionalInterface
     public interface Memory {
-        /** A view of {@code bytes} bytes from {@code offset} on, at position 0. */
+        /**
+         * {@return a view of {@code bytes} bytes from {@code offset} on, at position 0}
+         *
+         * @param offset first byte
+         * @param bytes how many, below 2 GiB
+         */
         ByteBuffer slice(long offset, int bytes);
     }
 
@@ -40,6 +45,11 @@ public final class EngineTensor {
      * @param memory the tensor's bytes; of a {@code MemorySegment}: {@code (at, n) ->
      *     segment.asSlice(at, n).asByteBuffer()}
      * @param bytes how many bytes {@code memory} has
+     * @param type how elements are stored
+     * @param matrices number of matrices, one after the other
+     * @param rows rows of each, its outputs
+     * @param cols columns of each, its inputs
+     * @return the tensor; it keeps no copy
      * @throws IllegalArgumentException if a size is not positive, a row does not end with a block,
      *     or the memory is too small; names the field and the cure
      */
@@ -68,7 +78,17 @@ public final class EngineTensor {
         return tensor;
     }
 
-    /** A tensor below 2 GiB, from the buffer's position on; the buffer's byte order is ignored. */
+    /**
+     * {@return a tensor below 2 GiB, from the buffer's position on; the buffer's byte order is
+     * ignored}
+     *
+     * @param memory must stay valid until the layer is prepared
+     * @param type how elements are stored
+     * @param matrices number of matrices, one after the other
+     * @param rows rows of each, its outputs
+     * @param cols columns of each, its inputs
+     * @throws IllegalArgumentException if the buffer is too small
+     */
     public static EngineTensor of(
             ByteBuffer memory, GgufType type, int matrices, int rows, int cols) {
         ByteBuffer view = memory.slice();
@@ -81,17 +101,31 @@ public final class EngineTensor {
                 cols);
     }
 
-    /** A single matrix. */
+    /**
+     * A single matrix.
+     *
+     * @param memory must stay valid until the layer is prepared
+     * @param type how elements are stored
+     * @param rows rows, the outputs
+     * @param cols columns, the inputs
+     * @return the tensor
+     * @throws IllegalArgumentException if the buffer is too small
+     */
     public static EngineTensor of(ByteBuffer memory, GgufType type, int rows, int cols) {
         return of(memory, type, 1, rows, cols);
     }
 
-    /** The only matrix, or the first. */
+    /** {@return the only matrix, or the first} */
     public WeightMatrix matrix() {
         return matrix(0);
     }
 
-    /** Matrix {@code index}, the expert's number in a tensor of all experts. */
+    /**
+     * {@return matrix {@code index}, the expert's number in a tensor of all experts}
+     *
+     * @param index 0 to {@code matrices − 1}
+     * @throws IndexOutOfBoundsException if there is no such matrix
+     */
     public WeightMatrix matrix(int index) {
         return matrix(index, 0, 1, rows);
     }
@@ -104,6 +138,7 @@ public final class EngineTensor {
      * @param first first row taken
      * @param step distance between rows taken
      * @param count rows taken
+     * @return a view of these rows
      */
     public WeightMatrix matrix(int index, int first, int step, int count) {
         Objects.checkIndex(index, matrices);

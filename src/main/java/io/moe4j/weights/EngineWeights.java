@@ -42,6 +42,7 @@ public final class EngineWeights implements LayerWeights {
      * @param description one line for plans and reports, for example file and layer
      * @param experts gives expert e, 0 ≤ e &lt; E; called once for each, perhaps from several
      *     threads, and once more for expert 0
+     * @return a builder; nothing is read yet
      */
     public static Builder of(
             MoeShape shape, String description, IntFunction<ExpertWeights> experts) {
@@ -133,31 +134,56 @@ public final class EngineWeights implements LayerWeights {
             this.experts = Objects.requireNonNull(experts, "experts");
         }
 
-        /** Router {@code [E, H]}, for layers that route from hidden states. */
+        /**
+         * Router {@code [E, H]}, for layers that route from hidden states.
+         *
+         * @param value {@code [E, H]}
+         * @return this builder
+         */
         public Builder router(WeightMatrix value) {
             router = value;
             return this;
         }
 
-        /** Router bias {@code [E]}. */
+        /**
+         * Router bias {@code [E]}.
+         *
+         * @param value {@code [E]}
+         * @return this builder
+         */
         public Builder routerBias(float[] value) {
             routerBias = value.clone();
             return this;
         }
 
-        /** Correction bias {@code [E]} of sigmoid routing. */
+        /**
+         * Correction bias {@code [E]} of sigmoid routing.
+         *
+         * @param value {@code [E]}
+         * @return this builder
+         */
         public Builder correctionBias(float[] value) {
             correctionBias = value.clone();
             return this;
         }
 
-        /** The shared expert, as wide as the shape's {@code sharedIntermediate}. */
+        /**
+         * The shared expert, as wide as the shape's {@code sharedIntermediate}.
+         *
+         * @param value its matrices
+         * @return this builder
+         */
         public Builder sharedExpert(ExpertWeights value) {
             sharedExpert = value;
             return this;
         }
 
-        /** Gate vector {@code [H]} of the shared expert. */
+        /**
+         * Gate vector {@code [H]} of the shared expert.
+         *
+         * @param value {@code [H]}
+         * @return this builder
+         */
         public Builder sharedExpertGate(float[] value) {
             sharedExpertGate = value.clone();
             return this;
@@ -166,6 +192,7 @@ public final class EngineWeights implements LayerWeights {
         /**
          * Checks everything against the shape; reads expert 0's description but no weights.
          *
+         * @return the weights
          * @throws IllegalArgumentException naming what does not fit
          */
         public EngineWeights build() {

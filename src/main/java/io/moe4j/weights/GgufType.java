@@ -58,19 +58,20 @@ public enum GgufType {
         this.blockBytes = blockBytes;
     }
 
-    /** The number a GGUF file has for this type ({@code ggml_type}). */
+    /** {@return the number a GGUF file has for this type ({@code ggml_type})} */
     public int id() {
         return id;
     }
 
-    /** Elements that share a scale; 1 for the plain types. */
+    /** {@return the elements that share a scale; 1 for the plain types} */
     public int blockElements() {
         return blockElements;
     }
 
     /**
-     * The type with that number in a GGUF file.
+     * {@return the type with that number in a GGUF file}
      *
+     * @param id a {@code ggml_type}
      * @throws IllegalArgumentException if the library does not read it
      */
     public static GgufType ofId(int id) {
@@ -87,8 +88,9 @@ public enum GgufType {
     }
 
     /**
-     * Bytes of a row of {@code cols} elements.
+     * {@return the bytes of a row}
      *
+     * @param cols elements of the row
      * @throws IllegalArgumentException if the row does not end with a block
      */
     public long rowBytes(int cols) {

@@ -58,6 +58,8 @@ public final class SafetensorsFile implements AutoCloseable {
     /**
      * Opens a file and checks its header.
      *
+     * @param path the file
+     * @return the file; the caller closes it
      * @throws CheckpointException if the file is missing, unreadable or not strictly safetensors
      */
     public static SafetensorsFile open(Path path) {
@@ -86,17 +88,17 @@ public final class SafetensorsFile implements AutoCloseable {
         }
     }
 
-    /** The file's name in messages. */
+    /** {@return the file's name in messages} */
     public String label() {
         return label;
     }
 
-    /** Names of all tensors, in the order of the header. */
+    /** {@return the names of all tensors, in the order of the header} */
     public Set<String> names() {
         return header.tensors().keySet();
     }
 
-    /** The header's {@code __metadata__}, empty if it has none. */
+    /** {@return the header's {@code __metadata__}, empty if it has none} */
     public Map<String, String> metadata() {
         return header.metadata();
     }
@@ -104,6 +106,8 @@ public final class SafetensorsFile implements AutoCloseable {
     /**
      * What the header says about a tensor.
      *
+     * @param name name of the tensor
+     * @return its type, shape and place
      * @throws CheckpointException if there is no such tensor
      */
     public TensorInfo info(String name) {
@@ -123,7 +127,10 @@ public final class SafetensorsFile implements AutoCloseable {
     /**
      * A read-only little-endian view of part of a tensor's bytes, position 0.
      *
+     * @param name name of the tensor
      * @param byteOffset first byte, counted from the tensor's start
+     * @param byteCount how many bytes
+     * @return the view, which stays readable as long as it is held
      * @throws CheckpointException if there is no such tensor or the file cannot be mapped
      * @throws IndexOutOfBoundsException if the range leaves the tensor
      * @throws IllegalStateException after {@link #close}
@@ -137,6 +144,7 @@ public final class SafetensorsFile implements AutoCloseable {
     /**
      * Decodes elements of a tensor of type F64, F32, F16, BF16, F8_E4M3 or I32 to float32.
      *
+     * @param name name of the tensor
      * @param elementOffset first element, row-major
      * @param to destination
      * @param toOffset index of the first float written
@@ -172,7 +180,11 @@ public final class SafetensorsFile implements AutoCloseable {
     /**
      * Reads elements of a tensor of type I32.
      *
+     * @param name name of the tensor
      * @param elementOffset first element, row-major
+     * @param to destination
+     * @param toOffset first element of the destination
+     * @param count how many
      * @throws CheckpointException if there is no such tensor or it is not I32
      * @throws IndexOutOfBoundsException if a range leaves the tensor or the destination
      * @throws IllegalStateException after {@link #close}

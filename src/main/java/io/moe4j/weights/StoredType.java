@@ -60,12 +60,12 @@ public enum StoredType {
         this.dtype = dtype;
     }
 
-    /** Size of one element in bits. */
+    /** {@return the size of one element in bits} */
     public int bits() {
         return bits;
     }
 
-    /** The type the library computes with, or null if it has none. */
+    /** {@return the type the library computes with, or null if it has none} */
     public DType dtype() {
         return dtype;
     }

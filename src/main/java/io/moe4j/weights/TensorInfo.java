@@ -12,22 +12,33 @@ import java.util.List;
  * @param end byte after the last one
  */
 public record TensorInfo(StoredType type, List<Long> shape, long begin, long end) {
-    /** Copies the shape. */
+    /**
+     * Copies the shape.
+     *
+     * @param type {@link #type()}
+     * @param shape {@link #shape()}
+     * @param begin {@link #begin()}
+     * @param end {@link #end()}
+     */
     public TensorInfo {
         shape = List.copyOf(shape);
     }
 
-    /** Number of bytes in the file. */
+    /** {@return the number of bytes in the file} */
     public long bytes() {
         return end - begin;
     }
 
-    /** Number of elements. */
+    /** {@return the number of elements} */
     public long elements() {
         return shape.stream().reduce(1L, (a, b) -> a * b);
     }
 
-    /** True if the shape is exactly {@code expected}. */
+    /**
+     * {@return true if the shape is exactly {@code expected}}
+     *
+     * @param expected the sizes, outermost first
+     */
     public boolean hasShape(long... expected) {
         return shape.equals(Arrays.stream(expected).boxed().toList());
     }

@@ -66,7 +66,14 @@ class DocsTest {
     private static final Path MAIN = Path.of("src/main/java/io/moe4j");
     private static final Path CUDA = Path.of("src/main/cuda");
     private static final List<String> MAKEFILES =
-            List.of("Makefile", "kernels.mk", "native.mk", "bundle.mk", "model.mk", "engines.mk");
+            List.of(
+                    "Makefile",
+                    "kernels.mk",
+                    "native.mk",
+                    "bundle.mk",
+                    "model.mk",
+                    "artifact.mk",
+                    "engines.mk");
 
     @TestFactory
     Stream<DynamicTest> shouldLinkOnlyToFilesAndHeadingsThatExist() {

@@ -24,7 +24,7 @@ class EnginesTest {
                 shared++;
             }
         }
-        assertThat(shared).isEqualTo(5);
+        assertThat(shared).isEqualTo(3);
         for (String plugin : new String[] {"compiler", "surefire", "jar", "resources"}) {
             Pattern pinned =
                     Pattern.compile(

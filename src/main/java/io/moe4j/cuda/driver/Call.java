@@ -163,24 +163,31 @@ public enum Call {
         this.effects.addAll(Set.of(effects));
     }
 
-    /** Name of the CUDA driver function. */
+    /** {@return the name of the CUDA driver function} */
     public String symbol() {
         return symbol;
     }
 
-    /** Whether the call may have this effect. */
+    /**
+     * {@return whether the call may have this effect}
+     *
+     * @param effect the effect asked for
+     */
     public boolean has(Effect effect) {
         return effects.contains(effect);
     }
 
     /**
-     * Whether a step may make this call: it neither waits, allocates nor copies pageable memory.
+     * {@return whether a step may make this call: it neither waits, allocates nor copies pageable
+     * memory}
      */
     public boolean legalInStep() {
         return !has(Effect.WAITS) && !has(Effect.ALLOCATES) && !has(Effect.COPIES_PAGEABLE);
     }
 
-    /** Whether the call is legal on a thread that captures a stream (thread-local mode). */
+    /**
+     * {@return whether the call is legal on a thread that captures a stream (thread-local mode)}
+     */
     public boolean legalInCapture() {
         return !has(Effect.BREAKS_CAPTURE);
     }

@@ -85,13 +85,23 @@ public final class CheckedDriver implements Driver {
     private final ThreadLocal<List<String>> zones = ThreadLocal.withInitial(ArrayList::new);
     private final List<Violation> violations = Collections.synchronizedList(new ArrayList<>());
 
-    /** Checks the calls made to {@code driver}. */
+    /**
+     * Checks the calls made to {@code driver}.
+     *
+     * @param driver gets the calls
+     * @param mode what to do with a violation
+     */
     public CheckedDriver(Driver driver, Mode mode) {
         this.driver = driver;
         this.mode = mode;
     }
 
-    /** Opens a zone on this thread; close it on the same thread. */
+    /**
+     * Opens a zone on this thread; close it on the same thread.
+     *
+     * @param name name of the zone in violations
+     * @return ends the zone when it is closed, on the same thread
+     */
     public Zone noSyncZone(String name) {
         List<String> open = zones.get();
         int depth = open.size();
@@ -104,14 +114,14 @@ public final class CheckedDriver implements Driver {
         };
     }
 
-    /** The violations so far, of all threads, in order. */
+    /** {@return the violations so far, of all threads, in order} */
     public List<Violation> violations() {
         synchronized (violations) {
             return List.copyOf(violations);
         }
     }
 
-    /** The driver that is checked. */
+    /** {@return the driver that is checked} */
     public Driver unchecked() {
         return driver;
     }

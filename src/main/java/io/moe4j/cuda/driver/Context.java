@@ -14,7 +14,12 @@ public final class Context implements AutoCloseable {
     private final boolean retained;
     private final AtomicBoolean closed = new AtomicBoolean();
 
-    /** Retains the primary context of a device. */
+    /**
+     * Retains the primary context of a device.
+     *
+     * @param driver calls go through it
+     * @param device number of the device
+     */
     public Context(Driver driver, int device) {
         this.driver = driver;
         this.device = device;
@@ -30,8 +35,10 @@ public final class Context implements AutoCloseable {
     }
 
     /**
-     * A context that an engine created and destroys, after everything made from it was closed.
+     * {@return a context that an engine created and destroys, after everything made from it was
+     * closed}
      *
+     * @param driver calls go through it
      * @param handle a CUcontext
      * @throws IllegalArgumentException if it cannot be made current
      */
@@ -48,27 +55,31 @@ public final class Context implements AutoCloseable {
         }
     }
 
-    /** Whether this is the primary context of the device, retained here. */
+    /** {@return whether this is the primary context of the device, retained here} */
     public boolean isPrimary() {
         return retained;
     }
 
-    /** The driver. */
+    /** {@return the driver} */
     public Driver driver() {
         return driver;
     }
 
-    /** Number of the device. */
+    /** {@return the number of the device} */
     public int device() {
         return device;
     }
 
-    /** The raw context. */
+    /** {@return the raw context} */
     public long handle() {
         return handle;
     }
 
-    /** Makes the context current on this thread until the scope closes. */
+    /**
+     * Makes the context current on this thread until the scope closes.
+     *
+     * @return the context; closing it does not destroy the engine's
+     */
     public Scope enter() {
         if (closed.get()) {
             throw new IllegalStateException("the context of device " + device + " is closed");
@@ -76,7 +87,11 @@ public final class Context implements AutoCloseable {
         return driver.enter(handle);
     }
 
-    /** One attribute of the device. */
+    /**
+     * {@return one attribute of the device}
+     *
+     * @param attribute which attribute
+     */
     public int attribute(DeviceAttribute attribute) {
         return driver.deviceAttribute(device, attribute);
     }

@@ -4,14 +4,23 @@ package io.moe4j.cuda.driver;
 public class CudaException extends RuntimeException {
     private static final long serialVersionUID = 1L;
 
+    /** The call that failed. */
     private final Call call;
+
+    /** The CUresult. */
     private final int code;
+
+    /** Name of the CUresult. */
     private final String name;
+
+    /** What usually causes it. */
     private final String hint;
 
     /**
      * A failure of {@code call}.
      *
+     * @param call the call that failed
+     * @param code its {@code CUresult}
      * @param detail what the call was about, such as a name or a size; may be empty
      */
     public CudaException(Call call, int code, String detail) {
@@ -22,41 +31,46 @@ public class CudaException extends RuntimeException {
         this.hint = CudaErrors.hint(code);
     }
 
-    /** The call that reported the error. After an asynchronous fault it need not be the cause. */
+    /**
+     * {@return the call that reported the error} After an asynchronous fault it need not be the
+     * cause.
+     */
     public Call call() {
         return call;
     }
 
-    /** The {@code CUresult}. */
+    /** {@return the {@code CUresult}} */
     public int code() {
         return code;
     }
 
-    /** The name of the {@code CUresult}. */
+    /** {@return the name of the {@code CUresult}} */
     public String name() {
         return name;
     }
 
-    /** What usually causes this, or what to do about it; empty if there is nothing to add. */
+    /**
+     * {@return what usually causes this, or what to do about it; empty if there is nothing to add}
+     */
     public String hint() {
         return hint;
     }
 
     /**
-     * Whether the context is lost: every later call in it fails in the same way, and only a new
-     * process gets a working one.
+     * {@return whether the context is lost: every later call in it fails in the same way, and only
+     * a new process gets a working one}
      */
     public boolean poisonsContext() {
         return CudaErrors.poisonsContext(code);
     }
 
-    /** Whether the call is one that a capture of this thread does not allow. */
+    /** {@return whether the call is one that a capture of this thread does not allow} */
     public boolean inCapture() {
         return code == CudaErrors.STREAM_CAPTURE_UNSUPPORTED
                 || code == CudaErrors.STREAM_CAPTURE_INVALIDATED;
     }
 
-    /** Whether a handle was passed that does not live, or not in this context. */
+    /** {@return whether a handle was passed that does not live, or not in this context} */
     public boolean invalidHandle() {
         return code == CudaErrors.INVALID_HANDLE || code == CudaErrors.INVALID_CONTEXT;
     }

@@ -41,7 +41,7 @@ public enum DeviceAttribute {
         this.number = number;
     }
 
-    /** The number of {@code CUdevice_attribute}. */
+    /** {@return the number of {@code CUdevice_attribute}} */
     public int number() {
         return number;
     }

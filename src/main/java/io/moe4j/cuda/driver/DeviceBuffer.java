@@ -9,7 +9,12 @@ public final class DeviceBuffer implements AutoCloseable {
     private final long size;
     private final AtomicBoolean closed = new AtomicBoolean();
 
-    /** Allocates {@code size} bytes, at least 1. */
+    /**
+     * Allocates {@code size} bytes, at least 1.
+     *
+     * @param context everything is made and used in it
+     * @param size how many bytes
+     */
     public DeviceBuffer(Context context, long size) {
         this.context = context;
         this.size = size;
@@ -18,7 +23,7 @@ public final class DeviceBuffer implements AutoCloseable {
         }
     }
 
-    /** Where it is. */
+    /** {@return where it is} */
     public long address() {
         if (closed.get()) {
             throw new IllegalStateException("the device buffer is closed");
@@ -26,7 +31,7 @@ public final class DeviceBuffer implements AutoCloseable {
         return address;
     }
 
-    /** Size in bytes. */
+    /** {@return the size in bytes} */
     public long size() {
         return size;
     }

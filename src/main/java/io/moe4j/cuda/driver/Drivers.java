@@ -20,8 +20,8 @@ public final class Drivers {
     private Drivers() {}
 
     /**
-     * Whether a driver and at least one device can be used here, and which; never throws. The first
-     * call loads the native libraries.
+     * {@return whether a driver and at least one device can be used here, and which; never throws}
+     * The first call loads the native libraries.
      */
     public static Availability availability() {
         try {
@@ -33,7 +33,7 @@ public final class Drivers {
     }
 
     /**
-     * The driver of this machine, initialised, with at least one device.
+     * {@return the driver of this machine, initialised, with at least one device}
      *
      * @throws BackendUnavailableException saying what is missing
      */

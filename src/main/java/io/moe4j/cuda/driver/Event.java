@@ -8,7 +8,12 @@ public final class Event implements AutoCloseable {
     private final long handle;
     private final AtomicBoolean closed = new AtomicBoolean();
 
-    /** Creates an event; timing costs a little more per record. */
+    /**
+     * Creates an event; timing costs a little more per record.
+     *
+     * @param context everything is made and used in it
+     * @param timing whether it can measure times
+     */
     public Event(Context context, boolean timing) {
         this.context = context;
         try (Scope scope = context.enter()) {
@@ -16,7 +21,7 @@ public final class Event implements AutoCloseable {
         }
     }
 
-    /** The raw event. */
+    /** {@return the raw event} */
     public long handle() {
         if (closed.get()) {
             throw new IllegalStateException("the event is closed");
@@ -24,14 +29,22 @@ public final class Event implements AutoCloseable {
         return handle;
     }
 
-    /** Marks a point of a stream. */
+    /**
+     * Marks a point of a stream.
+     *
+     * @param stream a CUstream; 0 for the legacy default stream
+     */
     public void record(long stream) {
         try (Scope scope = context.enter()) {
             context.driver().eventRecord(handle(), stream);
         }
     }
 
-    /** Milliseconds since {@code start}; both must have timing and have passed. */
+    /**
+     * {@return milliseconds since {@code start}; both must have timing and have passed}
+     *
+     * @param start the earlier event
+     */
     public float elapsedMsSince(Event start) {
         try (Scope scope = context.enter()) {
             return context.driver().eventElapsedMs(start.handle(), handle());

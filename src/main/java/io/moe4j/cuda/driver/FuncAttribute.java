@@ -27,7 +27,7 @@ public enum FuncAttribute {
         this.number = number;
     }
 
-    /** The number of {@code CUfunction_attribute}. */
+    /** {@return the number of {@code CUfunction_attribute}} */
     public int number() {
         return number;
     }

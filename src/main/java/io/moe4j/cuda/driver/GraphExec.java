@@ -23,7 +23,10 @@ public final class GraphExec implements AutoCloseable {
      * Captures what {@code enqueue} enqueues on a stream and makes it executable. If anything fails
      * the capture is ended, so the stream stays usable.
      *
+     * @param context everything is made and used in it
      * @param stream any stream but the legacy default stream; must not be capturing
+     * @param enqueue enqueues on the stream
+     * @return the executable graph, owned by the caller
      * @throws IllegalArgumentException for the legacy default stream
      */
     public static GraphExec capture(Context context, long stream, Runnable enqueue) {
@@ -72,7 +75,11 @@ public final class GraphExec implements AutoCloseable {
         }
     }
 
-    /** Enqueues the graph on a stream of the same context. */
+    /**
+     * Enqueues the graph on a stream of the same context.
+     *
+     * @param stream a CUstream; 0 for the legacy default stream
+     */
     public void launch(long stream) {
         if (closed.get()) {
             throw new IllegalStateException("the graph is closed");
@@ -82,7 +89,7 @@ public final class GraphExec implements AutoCloseable {
         }
     }
 
-    /** Number of nodes captured. */
+    /** {@return the number of nodes captured} */
     public long nodeCount() {
         return nodeCount;
     }

@@ -12,7 +12,14 @@ import java.nio.ByteOrder;
  * @param bytes the memory, little endian, position 0 to its size
  */
 public record HostMemory(long address, long deviceAddress, ByteBuffer bytes) {
-    /** Checks that the memory is direct; sets little-endian order. */
+    /**
+     * Checks that the memory is direct; sets little-endian order.
+     *
+     * @param address {@link #address()}
+     * @param deviceAddress {@link #deviceAddress()}
+     * @param bytes {@link #bytes()}
+     * @throws IllegalArgumentException if a value is refused; the message names field and value
+     */
     public HostMemory {
         if (!bytes.isDirect()) {
             throw new IllegalArgumentException("host memory needs a direct buffer");
@@ -21,7 +28,7 @@ public record HostMemory(long address, long deviceAddress, ByteBuffer bytes) {
         bytes.clear();
     }
 
-    /** Size in bytes. */
+    /** {@return the size in bytes} */
     public long size() {
         return bytes.capacity();
     }
@@ -29,6 +36,8 @@ public record HostMemory(long address, long deviceAddress, ByteBuffer bytes) {
     /**
      * Checks that {@code count} bytes from {@code offset} lie inside.
      *
+     * @param offset first byte
+     * @param count how many bytes
      * @throws IndexOutOfBoundsException with the range and the size
      */
     public void checkRange(long offset, long count) {

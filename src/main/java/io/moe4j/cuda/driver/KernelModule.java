@@ -12,7 +12,9 @@ public final class KernelModule implements AutoCloseable {
     /**
      * Loads a cubin, a fat binary or PTX text.
      *
+     * @param context everything is made and used in it
      * @param name for messages
+     * @param image the image; PTX ends with a zero byte
      */
     public KernelModule(Context context, String name, byte[] image) {
         this.context = context;
@@ -22,7 +24,11 @@ public final class KernelModule implements AutoCloseable {
         }
     }
 
-    /** The kernel of that name, ready to launch; call before any capture. */
+    /**
+     * {@return the kernel of that name, ready to launch; call before any capture}
+     *
+     * @param kernel its symbol
+     */
     public long function(String kernel) {
         if (closed.get()) {
             throw new IllegalStateException("module " + name + " is closed");
@@ -32,7 +38,12 @@ public final class KernelModule implements AutoCloseable {
         }
     }
 
-    /** The kernel of that name, allowed to use that much dynamic shared memory. */
+    /**
+     * {@return the kernel of that name, allowed to use that much dynamic shared memory}
+     *
+     * @param kernel its symbol
+     * @param dynamicSharedBytes bytes of dynamic shared memory of a block
+     */
     public long function(String kernel, int dynamicSharedBytes) {
         long function = function(kernel);
         try (Scope scope = context.enter()) {

@@ -22,45 +22,74 @@ public final class KernelParams {
         this.sizes = sizes;
     }
 
-    /** Number of arguments. */
+    /** {@return the number of arguments} */
     public int count() {
         return sizes.length;
     }
 
-    /** Size of an argument in bytes. */
+    /**
+     * {@return the size of an argument in bytes}
+     *
+     * @param index number of the argument, from 0
+     */
     public int sizeOf(int index) {
         return sizes[index];
     }
 
-    /** Address of the table of pointers, the {@code kernelParams} of {@code cuLaunchKernel}. */
+    /**
+     * {@return the address of the table of pointers, the {@code kernelParams} of {@code
+     * cuLaunchKernel}}
+     */
     public long tableAddress() {
         return tableAddress;
     }
 
-    /** Sets an argument of 8 bytes: a pointer, an address or a long. */
+    /**
+     * Sets an argument of 8 bytes: a pointer, an address or a long.
+     *
+     * @param index number of the argument, from 0
+     * @param value its value
+     * @return these arguments
+     */
     public KernelParams putLong(int index, long value) {
         values.putLong(offset(index, 8), value);
         return this;
     }
 
-    /** Sets an argument of 4 bytes. */
+    /**
+     * Sets an argument of 4 bytes.
+     *
+     * @param index number of the argument, from 0
+     * @param value its value
+     * @return these arguments
+     */
     public KernelParams putInt(int index, int value) {
         values.putInt(offset(index, 4), value);
         return this;
     }
 
-    /** Sets an argument of 4 bytes. */
+    /**
+     * Sets an argument of 4 bytes.
+     *
+     * @param index number of the argument, from 0
+     * @param value its value
+     * @return these arguments
+     */
     public KernelParams putFloat(int index, float value) {
         values.putFloat(offset(index, 4), value);
         return this;
     }
 
-    /** The bytes of an argument, little endian: the way to fill a parameter struct. */
+    /**
+     * {@return the bytes of an argument, little endian: the way to fill a parameter struct}
+     *
+     * @param index number of the argument, from 0
+     */
     public ByteBuffer bytes(int index) {
         return values.slice(offsets[index], sizes[index]).order(ByteOrder.LITTLE_ENDIAN);
     }
 
-    /** A copy of all argument bytes, in order and without padding between them. */
+    /** {@return a copy of all argument bytes, in order and without padding between them} */
     public byte[] snapshot() {
         int total = 0;
         for (int size : sizes) {

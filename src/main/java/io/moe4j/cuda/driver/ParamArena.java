@@ -20,12 +20,21 @@ public final class ParamArena implements AutoCloseable {
     private int used;
     private boolean closed;
 
-    /** An arena with chunks of 16 KiB; allocates the first at once. */
+    /**
+     * An arena with chunks of 16 KiB; allocates the first at once.
+     *
+     * @param context everything is made and used in it
+     */
     public ParamArena(Context context) {
         this(context, 16 << 10);
     }
 
-    /** An arena with chunks of at least {@code chunkBytes}; allocates the first at once. */
+    /**
+     * An arena with chunks of at least {@code chunkBytes}; allocates the first at once.
+     *
+     * @param context everything is made and used in it
+     * @param chunkBytes least size of a chunk
+     */
     public ParamArena(Context context, int chunkBytes) {
         this.context = context;
         this.chunkBytes = chunkBytes;
@@ -33,9 +42,10 @@ public final class ParamArena implements AutoCloseable {
     }
 
     /**
-     * Zeroed arguments of the given sizes in bytes, in the order of the kernel's parameters. A
-     * kernel with one parameter struct has one argument.
+     * {@return the zeroed arguments of the given sizes in bytes, in the order of the kernel's
+     * parameters} A kernel with one parameter struct has one argument.
      *
+     * @param sizes bytes of each argument
      * @throws IllegalArgumentException if a size is below 1 or all exceed the 32,764 bytes a kernel
      *     can take
      */

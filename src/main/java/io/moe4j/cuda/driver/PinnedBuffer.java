@@ -9,7 +9,12 @@ public final class PinnedBuffer implements AutoCloseable {
     private final HostMemory memory;
     private final AtomicBoolean closed = new AtomicBoolean();
 
-    /** Allocates {@code size} bytes, at least 1 and at most 2 GiB. */
+    /**
+     * Allocates {@code size} bytes, at least 1 and at most 2 GiB.
+     *
+     * @param context everything is made and used in it
+     * @param size how many bytes
+     */
     public PinnedBuffer(Context context, long size) {
         this.context = context;
         try (Scope scope = context.enter()) {
@@ -17,7 +22,7 @@ public final class PinnedBuffer implements AutoCloseable {
         }
     }
 
-    /** The memory, for copies. */
+    /** {@return the memory, for copies} */
     public HostMemory memory() {
         if (closed.get()) {
             throw new IllegalStateException("the pinned buffer is closed");
@@ -25,17 +30,17 @@ public final class PinnedBuffer implements AutoCloseable {
         return memory;
     }
 
-    /** The bytes, little endian. */
+    /** {@return the bytes, little endian} */
     public ByteBuffer bytes() {
         return memory().bytes();
     }
 
-    /** Where kernels reach it. */
+    /** {@return where kernels reach it} */
     public long deviceAddress() {
         return memory().deviceAddress();
     }
 
-    /** Size in bytes. */
+    /** {@return the size in bytes} */
     public long size() {
         return memory.size();
     }

@@ -35,7 +35,7 @@ public final class PrivateNatives implements AutoCloseable {
     }
 
     /**
-     * An empty directory of mode 0700.
+     * {@return an empty directory of mode 0700}
      *
      * @throws IOException if none of the usual places can be written
      */
@@ -59,7 +59,7 @@ public final class PrivateNatives implements AutoCloseable {
         return new PrivateNatives(directory);
     }
 
-    /** Where the libraries lie. */
+    /** {@return where the libraries lie} */
     public Path directory() {
         return directory;
     }
@@ -67,6 +67,8 @@ public final class PrivateNatives implements AutoCloseable {
     /**
      * Extracts a resource of the jar that {@code owner} comes from.
      *
+     * @param owner a class of the jar
+     * @param resource name of the resource
      * @param fileName name of the new file
      * @return the file, which nobody but the user can write
      * @throws IOException if there is no such resource
@@ -86,6 +88,11 @@ public final class PrivateNatives implements AutoCloseable {
     /**
      * Runs {@code action} while {@code java.io.tmpdir} points to this directory. The classes of the
      * JDK that remember the property are made to read it before, so they keep the real one.
+     *
+     * @param <T> type of the result
+     * @param action what to run
+     * @return what the action returned
+     * @throws Exception what the action throws
      */
     public <T> T asTemporaryDirectory(Callable<T> action) throws Exception {
         TMPDIR_LOCK.lock();

@@ -36,7 +36,11 @@ public final class RecordingDriver implements Driver {
      * @param inCapture whether it became part of a graph or was made during a capture
      */
     public record Recorded(Call call, List<Object> arguments, Object result, boolean inCapture) {
-        /** The argument at {@code index} as a long. */
+        /**
+         * {@return the argument at {@code index} as a long}
+         *
+         * @param index number of the argument
+         */
         public long longAt(int index) {
             return ((Number) arguments.get(index)).longValue();
         }
@@ -78,7 +82,7 @@ public final class RecordingDriver implements Driver {
             long stream,
             byte[] params,
             boolean pdl) {
-        /** The argument bytes, little endian. */
+        /** {@return the argument bytes, little endian} */
         public ByteBuffer paramBytes() {
             return ByteBuffer.wrap(params).order(ByteOrder.LITTLE_ENDIAN);
         }
@@ -178,7 +182,12 @@ public final class RecordingDriver implements Driver {
         this(1, 141L << 30);
     }
 
-    /** That many equal devices, each with so much memory; allocations above it fail. */
+    /**
+     * That many equal devices, each with so much memory; allocations above it fail.
+     *
+     * @param devices number of devices
+     * @param memoryBytes memory of each in bytes
+     */
     public RecordingDriver(int devices, long memoryBytes) {
         this.devices = devices;
         this.memoryBytes = memoryBytes;
@@ -202,18 +211,22 @@ public final class RecordingDriver implements Driver {
 
     // ------------------------------------------------------------------ for tests
 
-    /** All calls so far, in order. */
+    /** {@return all calls so far, in order} */
     public synchronized List<Recorded> calls() {
         return List.copyOf(calls);
     }
 
-    /** The calls of these kinds so far, in order. */
+    /**
+     * {@return the calls of these kinds so far, in order}
+     *
+     * @param kinds which calls
+     */
     public synchronized List<Recorded> calls(Call... kinds) {
         List<Call> wanted = Arrays.asList(kinds);
         return calls.stream().filter(recorded -> wanted.contains(recorded.call())).toList();
     }
 
-    /** The kernel launches so far, in order. */
+    /** {@return the kernel launches so far, in order} */
     public synchronized List<Launch> launches() {
         return List.copyOf(launches);
     }
@@ -234,7 +247,7 @@ public final class RecordingDriver implements Driver {
         quiet = Thread.currentThread();
     }
 
-    /** Ends what {@link #beginQuiet} began; returns how often each call was made. */
+    /** Ends what {@link #beginQuiet} began. {@return how often each call was made} */
     public synchronized Map<Call, Long> endQuiet() {
         quiet = null;
         Map<Call, Long> counts = new EnumMap<>(Call.class);
@@ -254,17 +267,20 @@ public final class RecordingDriver implements Driver {
         return true;
     }
 
-    /** Device and host memory allocated now, in bytes. */
+    /** {@return the device and host memory allocated now, in bytes} */
     public synchronized long allocatedBytes() {
         return allocatedBytes;
     }
 
-    /** The most bytes that were allocated at a time. */
+    /** {@return the most bytes that were allocated at a time} */
     public synchronized long peakBytes() {
         return peakBytes;
     }
 
-    /** Everything alive that somebody should have released: one line each, empty if nothing. */
+    /**
+     * {@return everything alive that somebody should have released: one line each, empty if
+     * nothing}
+     */
     public synchronized List<String> leaks() {
         List<String> leaks = new ArrayList<>();
         memory.forEach((at, bytes) -> leaks.add("device memory " + hex(at) + ", " + bytes + " B"));
@@ -287,6 +303,11 @@ public final class RecordingDriver implements Driver {
 
     /**
      * Lets the {@code nth} call from now on of one kind fail with a code, once; 1 is the next one.
+     *
+     * @param call the kind of call
+     * @param nth which of them, from 1
+     * @param code a {@code CUresult}
+     * @return this driver
      */
     public synchronized RecordingDriver failNth(Call call, int nth, int code) {
         injected.computeIfAbsent(call, c -> new HashMap<>())
@@ -296,30 +317,46 @@ public final class RecordingDriver implements Driver {
 
     /**
      * From now on every call that needs a context fails with this code, as after a device fault.
+     *
+     * @param code a {@code CUresult}
      */
     public synchronized void poison(int code) {
         poisonCode = code;
     }
 
-    /** Sets what {@link #deviceAttribute} returns, on all devices. */
+    /**
+     * Sets what {@link #deviceAttribute} returns, on all devices.
+     *
+     * @param attribute which attribute
+     * @param value its value from now on
+     * @return this driver
+     */
     public synchronized RecordingDriver withAttribute(DeviceAttribute attribute, int value) {
         attributes.put(attribute, value);
         return this;
     }
 
-    /** A context that another owner created on a device, not its primary one. */
+    /**
+     * {@return a context that another owner created on a device, not its primary one}
+     *
+     * @param device number of the device
+     */
     public synchronized long foreignContext(int device) {
         long context = 0x4800_0000_0000L + (foreignContexts.size() + 1L) * HANDLE_STEP;
         foreignContexts.put(context, device);
         return context;
     }
 
-    /** A stream of another owner: usable here in any context, not counted as a leak. */
+    /** {@return a stream of another owner: usable here in any context, not counted as a leak} */
     public synchronized long foreignStream() {
         return foreignStream(0L);
     }
 
-    /** A stream of another owner in one context: usable while that is current. */
+    /**
+     * {@return a stream of another owner in one context: usable while that is current}
+     *
+     * @param context the raw context
+     */
     public synchronized long foreignStream(long context) {
         long stream = newHandle(Kind.STREAM, "foreign stream");
         handles.get(stream).foreign = true;
@@ -327,17 +364,31 @@ public final class RecordingDriver implements Driver {
         return stream;
     }
 
-    /** The other owner destroys its stream. */
+    /**
+     * The other owner destroys its stream.
+     *
+     * @param stream a CUstream; 0 for the legacy default stream
+     */
     public synchronized void destroyForeignStream(long stream) {
         handles.remove(stream);
     }
 
-    /** Memory of another owner: addressable here, not counted as allocated or as a leak. */
+    /**
+     * {@return the memory of another owner: addressable here, not counted as allocated or as a
+     * leak}
+     *
+     * @param bytes how many bytes
+     */
     public synchronized long foreignMemory(long bytes) {
         return foreignMemory(bytes, 0L);
     }
 
-    /** Memory of another owner, allocated in one context. */
+    /**
+     * {@return the memory of another owner, allocated in one context}
+     *
+     * @param bytes how many bytes
+     * @param context the raw context
+     */
     public synchronized long foreignMemory(long bytes, long context) {
         long address = newAddress(bytes);
         foreign.put(address, bytes);
@@ -345,7 +396,11 @@ public final class RecordingDriver implements Driver {
         return address;
     }
 
-    /** The other owner frees its memory. */
+    /**
+     * The other owner frees its memory.
+     *
+     * @param address what was allocated
+     */
     public synchronized void freeForeignMemory(long address) {
         foreign.remove(address);
         contextOf.remove(address);

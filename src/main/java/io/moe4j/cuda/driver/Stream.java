@@ -8,7 +8,11 @@ public final class Stream implements AutoCloseable {
     private final long handle;
     private final AtomicBoolean closed = new AtomicBoolean();
 
-    /** Creates a stream. */
+    /**
+     * Creates a stream.
+     *
+     * @param context everything is made and used in it
+     */
     public Stream(Context context) {
         this.context = context;
         try (Scope scope = context.enter()) {
@@ -16,7 +20,7 @@ public final class Stream implements AutoCloseable {
         }
     }
 
-    /** The raw stream. */
+    /** {@return the raw stream} */
     public long handle() {
         if (closed.get()) {
             throw new IllegalStateException("the stream is closed");
@@ -24,7 +28,7 @@ public final class Stream implements AutoCloseable {
         return handle;
     }
 
-    /** The context of the stream. */
+    /** {@return the context of the stream} */
     public Context context() {
         return context;
     }

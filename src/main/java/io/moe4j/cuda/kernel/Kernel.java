@@ -15,7 +15,14 @@ import io.moe4j.cuda.driver.KernelParams;
  */
 public record Kernel(
         String symbol, long function, int threads, int dynamicSharedBytes, int gridX, boolean pdl) {
-    /** Enqueues the kernel; {@code gridY} is the number of local ranks. */
+    /**
+     * Enqueues the kernel; {@code gridY} is the number of local ranks.
+     *
+     * @param driver calls go through it
+     * @param gridY number of local ranks
+     * @param stream a CUstream; 0 for the legacy default stream
+     * @param params its arguments
+     */
     public void launch(Driver driver, int gridY, long stream, KernelParams params) {
         if (pdl) {
             driver.launchKernelPdl(

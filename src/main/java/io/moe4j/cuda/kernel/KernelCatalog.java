@@ -58,8 +58,10 @@ public final class KernelCatalog {
             boolean pdl) {}
 
     /**
-     * The image for a device of this machine.
+     * {@return the image for a device of this machine}
      *
+     * @param driver calls go through it
+     * @param device number of the device
      * @throws BackendUnavailableException if this build has none that the device and its driver can
      *     run; names what was found and what is needed
      */
@@ -173,7 +175,7 @@ public final class KernelCatalog {
         }
     }
 
-    /** One line: the images of this build, or that there are none and how to get them. */
+    /** {@return one line: the images of this build, or that there are none and how to get them} */
     public static String shipped() {
         if (resource("manifest.json") == null) {
             return "none in this build: build it where nvcc is installed (make kernels)";
@@ -183,7 +185,7 @@ public final class KernelCatalog {
         return String.join(", ", files) + " in this build";
     }
 
-    /** File name and size of the image. */
+    /** {@return the file name and size of the image} */
     public String description() {
         return file + ", " + image.length + " bytes, " + defs.size() + " kernels";
     }
@@ -192,7 +194,7 @@ public final class KernelCatalog {
         return defs;
     }
 
-    /** A copy of the image, for programs that load kernels of their own choice from it. */
+    /** {@return a copy of the image, for programs that load kernels of their own choice from it} */
     public byte[] imageBytes() {
         return image.clone();
     }
@@ -201,7 +203,13 @@ public final class KernelCatalog {
         return file;
     }
 
-    /** Loads the image and resolves every kernel, with the grids of this layer. */
+    /**
+     * Loads the image and resolves every kernel, with the grids of this layer.
+     *
+     * @param context everything is made and used in it
+     * @param config the layer the kernels are for
+     * @return the image
+     */
     public LoadedKernels load(Context context, MoeConfig config) {
         return new LoadedKernels(context, this, config);
     }

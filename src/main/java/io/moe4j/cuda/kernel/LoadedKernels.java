@@ -183,22 +183,30 @@ public final class LoadedKernels implements AutoCloseable {
         return Math.max(1, Math.min(wanted, most));
     }
 
-    /** The kernels of a phase, in order. */
+    /**
+     * {@return the kernels of a phase, in order}
+     *
+     * @param phase which phase
+     */
     public Kernel[] of(Phase phase) {
         return byPhase.get(phase);
     }
 
-    /** Gate, up and activation alone, for measuring. */
+    /** {@return the kernel of gate, up and activation alone, for measuring} */
     public Kernel gateUp() {
         return gateUp;
     }
 
-    /** The down product alone, for measuring. */
+    /** {@return the kernel of the down product alone, for measuring} */
     public Kernel down() {
         return down;
     }
 
-    /** A kernel by its symbol. */
+    /**
+     * {@return a kernel by its symbol}
+     *
+     * @param symbol its name in the image
+     */
     public Kernel kernel(String symbol) {
         Kernel kernel = bySymbol.get(symbol);
         if (kernel == null) {

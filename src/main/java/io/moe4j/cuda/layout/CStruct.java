@@ -36,22 +36,27 @@ public final class CStruct {
         return new CStruct(name, fields);
     }
 
-    /** Name of the struct in the CUDA sources. */
+    /** {@return the name of the struct in the CUDA sources} */
     public String name() {
         return name;
     }
 
-    /** sizeof. */
+    /** {@return the sizeof} */
     public int size() {
         return size;
     }
 
-    /** Field names and offsets, in order. */
+    /** {@return the field names and offsets, in order} */
     public Map<String, Integer> offsets() {
         return java.util.Collections.unmodifiableMap(offsets);
     }
 
-    /** offsetof. @throws IllegalArgumentException for a field the struct does not have */
+    /**
+     * {@return the offsetof}
+     *
+     * @param field name of the field
+     * @throws IllegalArgumentException for a field the struct does not have
+     */
     public int offset(String field) {
         Integer offset = offsets.get(field);
         if (offset == null) {
@@ -60,7 +65,12 @@ public final class CStruct {
         return offset;
     }
 
-    /** Writes fields into {@code buffer}, which starts at the struct's first byte. */
+    /**
+     * Writes fields into {@code buffer}, which starts at the struct's first byte.
+     *
+     * @param buffer direct or heap; its byte order is set
+     * @return this writer
+     */
     public Writer writer(ByteBuffer buffer) {
         if (buffer.remaining() < size) {
             throw new IllegalArgumentException(
@@ -79,14 +89,26 @@ public final class CStruct {
             this.base = base;
         }
 
-        /** Sets a pointer or a 64-bit integer. */
+        /**
+         * Sets a pointer or a 64-bit integer.
+         *
+         * @param field name of the field
+         * @param value what to store
+         * @return this writer
+         */
         public Writer put(String field, long value) {
             require(field, 8);
             buffer.putLong(base + offset(field), value);
             return this;
         }
 
-        /** Sets a 32-bit integer. */
+        /**
+         * Sets a 32-bit integer.
+         *
+         * @param field name of the field
+         * @param value what to store
+         * @return this writer
+         */
         public Writer put(String field, int value) {
             require(field, 4);
             if (types.get(field).equals("f32")) {
@@ -96,7 +118,13 @@ public final class CStruct {
             return this;
         }
 
-        /** Sets a float. */
+        /**
+         * Sets a float.
+         *
+         * @param field name of the field
+         * @param value what to store
+         * @return this writer
+         */
         public Writer put(String field, float value) {
             if (!"f32".equals(types.get(field))) {
                 throw new IllegalArgumentException(name + "." + field + " is not a float");

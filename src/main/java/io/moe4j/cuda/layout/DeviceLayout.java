@@ -31,6 +31,7 @@ public final class DeviceLayout {
     /**
      * Lays out a layer; allocates nothing.
      *
+     * @param config the layer's configuration
      * @throws IllegalArgumentException if the kernels cannot run this configuration; names the
      *     limit and the cure
      */
@@ -125,14 +126,21 @@ public final class DeviceLayout {
         }
     }
 
-    /** Rounds a width up to a multiple of {@link #PAD}. */
+    /**
+     * Rounds a width up to a multiple of {@link #PAD}.
+     *
+     * @param width the width
+     * @return the padded width
+     */
     public static int pad(int width) {
         return (width + PAD - 1) / PAD * PAD;
     }
 
     /**
-     * Rows an expert is expected to get: what the configuration says, or those when all tokens come
-     * and are routed evenly, R · M · K / E, rounded up.
+     * {@return the rows an expert is expected to get: what the configuration says, or those when
+     * all tokens come and are routed evenly, R · M · K / E, rounded up}
+     *
+     * @param config the layer's configuration
      */
     public static long averageRows(MoeConfig config) {
         if (config.expectedRowsPerExpert() > 0) {
@@ -143,44 +151,44 @@ public final class DeviceLayout {
         return (rows + experts - 1) / experts;
     }
 
-    /** Most packed rows of a rank: R · M · min(K, L). */
+    /** {@return most packed rows of a rank: R · M · min(K, L)} */
     public long packedRows() {
         return (long) config.ranks()
                 * config.maxTokensPerRank()
                 * Math.min(config.shape().topK(), config.expertsPerRank());
     }
 
-    /** Packed rows of the gate/up matrix of an expert: 2 · Ip, a multiple of 128. */
+    /** {@return the packed rows of the gate/up matrix of an expert: 2 · Ip, a multiple of 128} */
     public int gateUpRows() {
         return 2 * pad(config.shape().intermediate());
     }
 
-    /** Packed rows of the down matrix of an expert: H rounded up to 128. */
+    /** {@return the packed rows of the down matrix of an expert: H rounded up to 128} */
     public int downRows() {
         return (config.shape().hidden() + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
     }
 
-    /** What peers write, one per rank and handle. */
+    /** {@return what peers write, one per rank and handle} */
     public Region symmetric() {
         return symmetric;
     }
 
-    /** What one local rank works in, one per rank and handle. */
+    /** {@return what one local rank works in, one per rank and handle} */
     public Region workspace() {
         return workspace;
     }
 
-    /** Packed weights of all experts. */
+    /** {@return the packed weights of all experts} */
     public Region weights() {
         return weights;
     }
 
-    /** Page-locked host memory of one handle. */
+    /** {@return the page-locked host memory of one handle} */
     public Region pinned() {
         return pinned;
     }
 
-    /** The memory plan: every buffer times the number of local ranks and handles. */
+    /** {@return the memory plan: every buffer times the number of local ranks and handles} */
     public MemoryPlan plan() {
         MoeShape shape = config.shape();
         MemoryPlan.Builder plan =

@@ -12,6 +12,9 @@ import java.util.Map;
 public final class Region {
     private static final long ALIGNMENT = 256;
 
+    /** A region without buffers; add them in the order they are to lie. */
+    public Region() {}
+
     /**
      * One buffer of a region.
      *
@@ -38,28 +41,48 @@ public final class Region {
         return this;
     }
 
-    /** Bytes of the whole region. */
+    /** {@return the bytes of the whole region} */
     public long size() {
         return size;
     }
 
-    /** Whether the region has that buffer. */
+    /**
+     * {@return whether the region has that buffer}
+     *
+     * @param name name of the buffer
+     */
     public boolean has(String name) {
         return fields.containsKey(name);
     }
 
-    /** Offset of a buffer. @throws IllegalArgumentException if the region lacks it */
+    /**
+     * {@return the offset of a buffer}
+     *
+     * @param name name of the buffer
+     * @throws IllegalArgumentException if the region lacks it
+     */
     public long offset(String name) {
         return field(name).offset();
     }
 
-    /** Address of a buffer in a region that starts at {@code base}; 0 if the region lacks it. */
+    /**
+     * {@return the address of a buffer in a region that starts at {@code base}; 0 if the region
+     * lacks it}
+     *
+     * @param base address of the region
+     * @param name name of the buffer
+     */
     public long address(long base, String name) {
         Field field = fields.get(name);
         return field == null ? 0L : base + field.offset();
     }
 
-    /** A buffer. @throws IllegalArgumentException if the region lacks it */
+    /**
+     * {@return a buffer}
+     *
+     * @param name name of the buffer
+     * @throws IllegalArgumentException if the region lacks it
+     */
     public Field field(String name) {
         Field field = fields.get(name);
         if (field == null) {
@@ -68,7 +91,7 @@ public final class Region {
         return field;
     }
 
-    /** All buffers in order. */
+    /** {@return all buffers in order} */
     public List<Field> fields() {
         return new ArrayList<>(fields.values());
     }

@@ -31,6 +31,8 @@ public final class CublasGemm implements AutoCloseable {
     /**
      * Loads cuBLAS and makes a handle on a stream.
      *
+     * @param context everything is made and used in it
+     * @param stream the raw stream of all its calls
      * @throws io.moe4j.BackendUnavailableException saying what is missing
      */
     public CublasGemm(Context context, long stream) {
@@ -51,12 +53,30 @@ public final class CublasGemm implements AutoCloseable {
         }
     }
 
-    /** out[rows][outputs] = in[rows][inputs] · weights[outputs][inputs]ᵀ, bfloat16 to float32. */
+    /**
+     * out[rows][outputs] = in[rows][inputs] · weights[outputs][inputs]ᵀ, bfloat16 to float32.
+     *
+     * @param out device address of the result
+     * @param in device address of the input
+     * @param weights device address of the matrix
+     * @param rows rows of input and result
+     * @param outputs columns of the result
+     * @param inputs columns of the input
+     */
     public void multiplyToF32(long out, long in, long weights, int rows, int outputs, int inputs) {
         multiply(out, cudaDataType.CUDA_R_32F, in, weights, rows, outputs, inputs);
     }
 
-    /** The same with the result rounded to bfloat16; sums are float32. */
+    /**
+     * The same with the result rounded to bfloat16; sums are float32.
+     *
+     * @param out device address of the result
+     * @param in device address of the input
+     * @param weights device address of the matrix
+     * @param rows rows of input and result
+     * @param outputs columns of the result
+     * @param inputs columns of the input
+     */
     public void multiplyToBf16(long out, long in, long weights, int rows, int outputs, int inputs) {
         multiply(out, cudaDataType.CUDA_R_16BF, in, weights, rows, outputs, inputs);
     }
@@ -90,7 +110,16 @@ public final class CublasGemm implements AutoCloseable {
         }
     }
 
-    /** As {@link #multiplyToF32}, everything in float64. */
+    /**
+     * As {@link #multiplyToF32}, everything in float64.
+     *
+     * @param out device address of the result
+     * @param in device address of the input
+     * @param weights device address of the matrix
+     * @param rows rows of input and result
+     * @param outputs columns of the result
+     * @param inputs columns of the input
+     */
     public void multiplyF64(long out, long in, long weights, int rows, int outputs, int inputs) {
         try (Scope scope = context.enter()) {
             check(
@@ -113,7 +142,7 @@ public final class CublasGemm implements AutoCloseable {
         }
     }
 
-    /** Version of cuBLAS, for example 130100. */
+    /** {@return the version of cuBLAS, for example 130100} */
     public int version() {
         int[] version = new int[1];
         check("cublasGetVersion", JCublas2.cublasGetVersion(handle, version));

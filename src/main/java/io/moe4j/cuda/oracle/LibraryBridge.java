@@ -105,12 +105,17 @@ public final class LibraryBridge {
 
     private LibraryBridge() {}
 
-    /** Looks for a library; loads nothing and needs no JCuda. */
+    /**
+     * Looks for a library; loads nothing and needs no JCuda.
+     *
+     * @param library which library
+     * @return what was found, or why not
+     */
     public static Finding find(Library library) {
         return find(library, System.getenv());
     }
 
-    /** What was found for every library: one line each, for {@code moe4j info}. */
+    /** {@return what was found for every library: one line each, for {@code moe4j info}} */
     public static List<String> statusLines() {
         List<String> lines = new ArrayList<>();
         for (Library library : Library.values()) {
@@ -123,6 +128,8 @@ public final class LibraryBridge {
      * Loads a library and JCuda's binding for it, so that the binding's class can be used.
      * Idempotent.
      *
+     * @param library which library
+     * @return what was found, or why not
      * @throws BackendUnavailableException saying what is missing
      */
     public static Finding load(Library library) {
