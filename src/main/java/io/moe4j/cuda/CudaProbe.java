@@ -151,6 +151,9 @@ public final class CudaProbe implements AutoCloseable {
      * Steps on the buffers of the first with the weights of each in turn: weights are then cold,
      * and rows are where a dispatch has just left them. All layers have one configuration and stay
      * open.
+     *
+     * @param steps bound by layers of the CUDA backend, one each
+     * @return as many steps, in their order
      */
     public static List<BoundStep> rotatingWeights(List<? extends BoundStep> steps) {
         CudaStep first = (CudaStep) steps.get(0);

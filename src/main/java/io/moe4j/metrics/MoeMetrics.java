@@ -27,7 +27,12 @@ public final class MoeMetrics implements MeterBinder, AutoCloseable {
     private final List<Map.Entry<MeterRegistry, Meter>> meters = new ArrayList<>();
     private volatile SoftCounters last = new SoftCounters(0, 0, 0, 0);
 
-    /** Meters with the tags {@code layer=name} and {@code backend}. */
+    /**
+     * Meters with the tags {@code layer=name} and {@code backend}.
+     *
+     * @param layer whose counters are read
+     * @param name value of the tag {@code layer}; each layer of a registry needs its own
+     */
     public MoeMetrics(MoeLayer layer, String name) {
         this(layer, name, List.of());
     }

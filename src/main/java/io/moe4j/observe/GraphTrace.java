@@ -29,7 +29,7 @@ public final class GraphTrace {
         this.layers = layers;
     }
 
-    /** For a graph that no event tells of. */
+    /** {@return a trace for a graph that no event tells of} */
     public static GraphTrace unwatched() {
         return new GraphTrace(null, 0);
     }

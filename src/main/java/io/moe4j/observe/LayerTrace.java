@@ -35,14 +35,19 @@ public final class LayerTrace {
         this.told = new LayerFault[layer.config().handles()];
     }
 
-    /** Called by a layer at the end of its constructor. */
+    /**
+     * Called by a layer at the end of its constructor.
+     *
+     * @param layer that is open now
+     * @return its trace
+     */
     public static LayerTrace open(MoeLayer layer) {
         LayerTrace trace = new LayerTrace(layer);
         Events.HERE.opened(trace);
         return trace;
     }
 
-    /** Number of the layer, from 1 in the order of opening. */
+    /** {@return the number of the layer, from 1 in the order of opening} */
     public int number() {
         return number;
     }
@@ -55,7 +60,11 @@ public final class LayerTrace {
         return enqueues.getOpaque();
     }
 
-    /** Runs what prepare does. */
+    /**
+     * Runs what prepare does.
+     *
+     * @param work allocates and copies; what it throws is told of and thrown on
+     */
     public void prepare(Runnable work) {
         Events.Span span = Events.HERE.prepare(this);
         try {
@@ -80,6 +89,8 @@ public final class LayerTrace {
      * @param parts of how many parts it is made
      * @param work makes the graph, which keeps its trace
      * @param nodes of the graph that was made
+     * @param <G> kind of graph
+     * @return the graph
      */
     public <G> G capture(
             int layers, int parts, Function<GraphTrace, G> work, ToLongFunction<G> nodes) {
@@ -96,7 +107,12 @@ public final class LayerTrace {
         }
     }
 
-    /** Tells of a fault, once. */
+    /**
+     * Tells of a fault, once.
+     *
+     * @param handle where it happened
+     * @param fault what happened
+     */
     public synchronized void faulted(int handle, LayerFault fault) {
         if (!fault.equals(told[handle]) && Events.HERE.fault(this, handle, fault)) {
             told[handle] = fault;

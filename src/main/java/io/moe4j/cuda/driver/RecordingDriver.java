@@ -247,7 +247,11 @@ public final class RecordingDriver implements Driver {
         quiet = Thread.currentThread();
     }
 
-    /** Ends what {@link #beginQuiet} began. {@return how often each call was made} */
+    /**
+     * Ends what {@link #beginQuiet} began.
+     *
+     * @return how often each call was made
+     */
     public synchronized Map<Call, Long> endQuiet() {
         quiet = null;
         Map<Call, Long> counts = new EnumMap<>(Call.class);

@@ -22,7 +22,7 @@ public final class Nvtx {
 
     private Nvtx() {}
 
-    /** The ranges, if {@code moe4j.nvtx=true} and a profiler takes them. */
+    /** {@return the ranges, if {@code moe4j.nvtx=true} and a profiler takes them} */
     public static Optional<Ranges> ranges() {
         return Boolean.getBoolean("moe4j.nvtx") ? Found.RANGES : Optional.empty();
     }
