@@ -6,6 +6,7 @@ import io.moe4j.BackendProvider.Availability;
 import io.moe4j.cuda.driver.DeviceAttribute;
 import io.moe4j.cuda.driver.Driver;
 import io.moe4j.cuda.driver.Drivers;
+import org.junit.jupiter.api.extension.AfterAllCallback;
 import org.junit.jupiter.api.extension.ConditionEvaluationResult;
 import org.junit.jupiter.api.extension.ExecutionCondition;
 import org.junit.jupiter.api.extension.ExtensionContext;
@@ -13,9 +14,27 @@ import org.junit.jupiter.api.extension.ExtensionContext;
 /**
  * Evaluates {@link EnabledIfCuda}. With the system property {@code moe4j.requireGpu} a machine
  * without any usable GPU fails the run instead of skipping it; a test that needs more than the
- * machine has is still skipped, with the reason.
+ * machine has is still skipped, with the reason. A class that leaves a context current on the
+ * thread of the tests fails, and not the next class that finds it there.
  */
-final class CudaCondition implements ExecutionCondition {
+final class CudaCondition implements ExecutionCondition, AfterAllCallback {
+    @Override
+    public void afterAll(ExtensionContext context) {
+        if (!Drivers.availability().usable()) {
+            return;
+        }
+        Driver driver = Drivers.open();
+        int left = 0;
+        while (driver.contextCurrent() != 0) {
+            driver.contextPop();
+            left++;
+        }
+        if (left > 0) {
+            throw new AssertionError(
+                    context.getDisplayName() + " left " + left + " contexts current on the thread");
+        }
+    }
+
     @Override
     public ConditionEvaluationResult evaluateExecutionCondition(ExtensionContext context) {
         return findAnnotation(context.getElement(), EnabledIfCuda.class)
