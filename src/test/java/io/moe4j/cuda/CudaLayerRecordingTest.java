@@ -23,6 +23,7 @@ import io.moe4j.tensor.DType;
 import io.moe4j.tensor.Tensor;
 import java.util.ArrayList;
 import java.util.List;
+import org.junit.jupiter.api.AfterEach;
 import org.junit.jupiter.api.BeforeEach;
 import org.junit.jupiter.api.Test;
 import org.junit.jupiter.params.ParameterizedTest;
@@ -43,6 +44,11 @@ class CudaLayerRecordingTest {
         assumeTrue(
                 KernelCatalog.class.getResource("/io/moe4j/kernels/manifest.json") != null,
                 "the kernels are not built: nvcc is not installed");
+    }
+
+    @AfterEach
+    void leavesNoContext() {
+        assertThat(driver.contextCurrent()).as("no context is left current").isZero();
     }
 
     private CudaLayer open(RoutingInput input, int ranks) {
