@@ -18,7 +18,6 @@ import io.moe4j.StepTensors;
 import io.moe4j.cuda.driver.Context;
 import io.moe4j.cuda.driver.CudaException;
 import io.moe4j.cuda.driver.DeviceBuffer;
-import io.moe4j.cuda.driver.Driver.PointerInfo;
 import io.moe4j.cuda.driver.GraphExec;
 import io.moe4j.cuda.driver.KernelParams;
 import io.moe4j.cuda.driver.ParamArena;
@@ -229,7 +228,7 @@ final class CudaLayer implements MoeLayer {
             requireDevice("topkWeights", tensors.topkWeights());
             requireDevice("routerLogits", tensors.routerLogits());
             requireDevice("out", tensors.out());
-            requireReachable(tensors);
+            BoundMemory.requireReachable(tensors, context);
         } catch (IllegalArgumentException e) {
             throw new IllegalArgumentException("rank " + rank + ": " + e.getMessage(), e);
         }
@@ -244,65 +243,6 @@ final class CudaLayer implements MoeLayer {
         }
     }
 
-    /** Asks the driver about every address before one is packed. */
-    private void requireReachable(StepTensors tensors) {
-        try (Scope scope = context.enter()) {
-            requireReachable("hidden", tensors.hidden());
-            requireReachable("tokenCount", tensors.tokenCount());
-            requireReachable("topkIds", tensors.topkIds());
-            requireReachable("topkWeights", tensors.topkWeights());
-            requireReachable("routerLogits", tensors.routerLogits());
-            requireReachable("out", tensors.out());
-        }
-    }
-
-    private void requireReachable(String name, Tensor tensor) {
-        if (tensor == null) {
-            return;
-        }
-        // why both ends: an engine's allocation may consist of several mappings
-        requireReachable(name, tensor, tensor.address());
-        requireReachable(name, tensor, tensor.address() + tensor.bytes() - 1);
-    }
-
-    private void requireReachable(String name, Tensor tensor, long address) {
-        String what = String.format("%s=0x%x, %s,", name, tensor.address(), tensor);
-        PointerInfo memory =
-                context.driver()
-                        .pointer(address)
-                        .orElseThrow(
-                                () ->
-                                        new IllegalArgumentException(
-                                                String.format(
-                                                        "%s is not in device memory at 0x%x: it was"
-                                                                + " freed, is host memory, or is smaller"
-                                                                + " than the tensor",
-                                                        what, address)));
-        if (memory.anywhere()) {
-            return;
-        }
-        if (memory.device() != context.device()) {
-            throw new IllegalArgumentException(
-                    what
-                            + " is memory of device "
-                            + memory.device()
-                            + " but the layer runs on device "
-                            + context.device()
-                            + ": allocate it there, or set moe4j.cuda.device");
-        }
-        if (memory.context() != 0 && memory.context() != context.handle()) {
-            throw new IllegalArgumentException(
-                    String.format(
-                            "%s is memory of context 0x%x but the layer works in 0x%x%s: open it with"
-                                    + " cudaContext(0x%x)",
-                            what,
-                            memory.context(),
-                            context.handle(),
-                            context.isPrimary() ? ", the device's primary context" : "",
-                            memory.context()));
-        }
-    }
-
     /** Asks the driver again, for {@link BoundStep#requireAlive}. */
     void requireAlive(List<StepTensors> ranks) {
         whileNotFreed(
@@ -311,7 +251,7 @@ final class CudaLayer implements MoeLayer {
                     for (int rank = 0; rank < ranks.size(); rank++) {
                         try (Scope scope = context.enter();
                                 Scope relaxed = context.driver().relaxCapture()) {
-                            requireReachable(ranks.get(rank));
+                            BoundMemory.requireReachable(ranks.get(rank), context);
                         } catch (IllegalArgumentException e) {
                             throw new IllegalStateException(
                                     "bound memory is gone, rank " + rank + ": " + e.getMessage(),

@@ -1,0 +1,78 @@
+package io.moe4j.cuda;
+
+import io.moe4j.StepTensors;
+import io.moe4j.cuda.driver.Context;
+import io.moe4j.cuda.driver.Driver.PointerInfo;
+import io.moe4j.cuda.driver.Scope;
+import io.moe4j.tensor.Tensor;
+
+/**
+ * What the driver knows of the memory that a caller binds: whether the layer's kernels reach it.
+ */
+final class BoundMemory {
+    private BoundMemory() {}
+
+    /**
+     * Asks the driver about every address.
+     *
+     * @throws IllegalArgumentException naming the tensor, where it lies and the cure
+     */
+    static void requireReachable(StepTensors tensors, Context context) {
+        try (Scope scope = context.enter()) {
+            requireReachable("hidden", tensors.hidden(), context);
+            requireReachable("tokenCount", tensors.tokenCount(), context);
+            requireReachable("topkIds", tensors.topkIds(), context);
+            requireReachable("topkWeights", tensors.topkWeights(), context);
+            requireReachable("routerLogits", tensors.routerLogits(), context);
+            requireReachable("out", tensors.out(), context);
+        }
+    }
+
+    private static void requireReachable(String name, Tensor tensor, Context context) {
+        if (tensor == null) {
+            return;
+        }
+        // why both ends: an engine's allocation may consist of several mappings
+        requireReachable(name, tensor, tensor.address(), context);
+        requireReachable(name, tensor, tensor.address() + tensor.bytes() - 1, context);
+    }
+
+    private static void requireReachable(
+            String name, Tensor tensor, long address, Context context) {
+        String what = String.format("%s=0x%x, %s,", name, tensor.address(), tensor);
+        PointerInfo memory =
+                context.driver()
+                        .pointer(address)
+                        .orElseThrow(
+                                () ->
+                                        new IllegalArgumentException(
+                                                String.format(
+                                                        "%s is not in device memory at 0x%x: it was"
+                                                                + " freed, is host memory, or is smaller"
+                                                                + " than the tensor",
+                                                        what, address)));
+        if (memory.anywhere()) {
+            return;
+        }
+        if (memory.device() != context.device()) {
+            throw new IllegalArgumentException(
+                    what
+                            + " is memory of device "
+                            + memory.device()
+                            + " but the layer runs on device "
+                            + context.device()
+                            + ": allocate it there, or set moe4j.cuda.device");
+        }
+        if (memory.context() != 0 && memory.context() != context.handle()) {
+            throw new IllegalArgumentException(
+                    String.format(
+                            "%s is memory of context 0x%x but the layer works in 0x%x%s: open it with"
+                                    + " cudaContext(0x%x)",
+                            what,
+                            memory.context(),
+                            context.handle(),
+                            context.isPrimary() ? ", the device's primary context" : "",
+                            memory.context()));
+        }
+    }
+}
