@@ -1,20 +1,12 @@
 package io.moe4j.cuda;
 
-import io.moe4j.BackendMemory;
 import io.moe4j.BoundStep;
 import io.moe4j.GraphPart;
-import io.moe4j.HandlePool;
-import io.moe4j.MemoryPlan;
-import io.moe4j.MoeConfig;
 import io.moe4j.MoeGraph;
 import io.moe4j.MoeLayer;
 import io.moe4j.Phase;
 import io.moe4j.ProgressListener;
-import io.moe4j.SoftCounters;
-import io.moe4j.StepInspection;
-import io.moe4j.StepTensors;
 import io.moe4j.cuda.nvtx.Ranges;
-import java.util.ArrayList;
 import java.util.List;
 
 /**
@@ -22,7 +14,7 @@ import java.util.List;
  * Everything else is the layer's own. A layer that is not asked for ranges carries no trace of
  * this. Names are made when the layer is opened.
  */
-final class RangedLayer implements MoeLayer {
+final class RangedLayer extends ForwardingLayer {
     private final MoeLayer layer;
     private final Ranges ranges;
     private final long prepare;
@@ -32,6 +24,7 @@ final class RangedLayer implements MoeLayer {
 
     /** Owns {@code layer}, whose number in events is {@code number}. */
     RangedLayer(MoeLayer layer, Ranges ranges, int number) {
+        super(layer);
         this.layer = layer;
         this.ranges = ranges;
         this.prepare = ranges.name("moe4j: prepare, layer " + number);
@@ -54,29 +47,6 @@ final class RangedLayer implements MoeLayer {
         return first == last ? begin : begin + ".." + Phase.values()[last];
     }
 
-    /** A step of the layer inside, which knows this one as its layer. */
-    private record RangedStep(RangedLayer ranged, BoundStep inner) implements BoundStep {
-        @Override
-        public MoeLayer layer() {
-            return ranged;
-        }
-
-        @Override
-        public List<StepTensors> tensors() {
-            return inner.tensors();
-        }
-
-        @Override
-        public void requireAlive() {
-            inner.requireAlive();
-        }
-    }
-
-    @Override
-    public void prepare() {
-        prepare(ProgressListener.NONE);
-    }
-
     @Override
     public void prepare(ProgressListener progress) {
         ranges.push(prepare);
@@ -85,11 +55,6 @@ final class RangedLayer implements MoeLayer {
         } finally {
             ranges.pop();
         }
-    }
-
-    @Override
-    public BoundStep bind(List<StepTensors> tensors, int handle) {
-        return new RangedStep(this, layer.bind(tensors, handle));
     }
 
     @Override
@@ -106,20 +71,12 @@ final class RangedLayer implements MoeLayer {
 
     @Override
     public MoeGraph capture(long stream, List<GraphPart> parts) {
-        List<GraphPart> inner = new ArrayList<>();
-        for (GraphPart part : parts) {
-            inner.add(new GraphPart(inner(part.step()), part.first(), part.last()));
-        }
         ranges.push(capture);
         try {
-            return new RangedGraph(layer.capture(stream, inner), ranges, replay);
+            return new RangedGraph(layer.capture(stream, inner(parts)), ranges, replay);
         } finally {
             ranges.pop();
         }
-    }
-
-    private static BoundStep inner(BoundStep step) {
-        return step instanceof RangedStep ranged ? ranged.inner : step;
     }
 
     /** A graph whose launches are ranges. */
@@ -143,70 +100,5 @@ final class RangedLayer implements MoeLayer {
         public void close() {
             graph.close();
         }
-    }
-
-    @Override
-    public MoeConfig config() {
-        return layer.config();
-    }
-
-    @Override
-    public String backend() {
-        return layer.backend();
-    }
-
-    @Override
-    public String backendReason() {
-        return layer.backendReason();
-    }
-
-    @Override
-    public MemoryPlan plan() {
-        return layer.plan();
-    }
-
-    @Override
-    public void synchronize(long stream) {
-        layer.synchronize(stream);
-    }
-
-    @Override
-    public void readRouting(int rank, int[] ids, float[] weights) {
-        layer.readRouting(rank, ids, weights);
-    }
-
-    @Override
-    public StepInspection inspect(int handle, int rank) {
-        return layer.inspect(handle, rank);
-    }
-
-    @Override
-    public SoftCounters counters() {
-        return layer.counters();
-    }
-
-    @Override
-    public void check() {
-        layer.check();
-    }
-
-    @Override
-    public HandlePool handles() {
-        return layer.handles();
-    }
-
-    @Override
-    public long validEpoch(int handle) {
-        return layer.validEpoch(handle);
-    }
-
-    @Override
-    public BackendMemory memory() {
-        return layer.memory();
-    }
-
-    @Override
-    public void close() {
-        layer.close();
     }
 }
