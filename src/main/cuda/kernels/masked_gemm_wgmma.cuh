@@ -14,8 +14,8 @@
 //
 // Both in one kernel: a down item reads rows of activated that other CTAs write. Each finished gate_up item
 // adds one to its expert's count, with release; who gathers for a down item polls it, with acquire. Weights
-// stream on across that boundary. Every poll ends, since only items that already run are waited for; it
-// is bounded all the same.
+// stream on across that boundary. The poll ends once all CTAs of the grid have had an SM; where another
+// kernel keeps some of them from one for good, its bound ends the step with a fault.
 //
 // Launched with programmatic dependence or without. What does not depend on the previous kernel is
 // done first: the setup; for down alone also counts and weights.
@@ -62,7 +62,7 @@ struct Widths {
     }
 };
 
-// For decode: few rows an expert, and few items, whose number the last ones to run should not exceed by much.
+// For decode: few rows an expert.
 struct NarrowShape {
     using Columns = Widths<8, 16, 24, 32, 48, 64, 80, 96, 128>;
     static constexpr int kNarrowRows = 64;  // an expert with more is wide (scheduler/claims.cuh)
@@ -154,7 +154,7 @@ __device__ __forceinline__ uint32_t barrier_at(uint32_t barriers, int index) {
     return barriers + 8 * index;
 }
 
-// The weights of an item, by one thread. True: the next item was claimed on the way, as *claim.
+// The weights of an item, by one thread, which claims the next item on the way.
 template <class Shape>
 __device__ __forceinline__ void stream_item(const Rings<Shape>& rings,
                                             RingPosition<Shape::kWeightStages>& stage, const GemmOperands& g,

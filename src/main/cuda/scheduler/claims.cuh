@@ -1,7 +1,9 @@
 // The items (phase, expert, row tile, token block) of one or both masked GEMMs, which CTAs claim one
 // after the other from a counter in device memory. A CTA's first item is its number; each further one is
-// claimed while the weights of the one before are on their way. So CTAs need no estimate of times, and
-// none waits for one that does not run: all items of the first GEMM are claimed before any of the second.
+// claimed while the weights of the one before are on their way. So CTAs need no estimate of times. An
+// item of the second GEMM waits for items of the first, which all come before it: they are with CTAs that
+// run, or, first items, with CTAs of a lower number, which start earlier than this one unless it has
+// already claimed its second item.
 //
 // Order: phase by phase; in a phase, experts with many rows (wide, their tokens take the time) are
 // spread over the first part among those with few (narrow, their weights take the time), so that
