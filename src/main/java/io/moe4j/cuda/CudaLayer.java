@@ -63,6 +63,8 @@ final class CudaLayer implements MoeLayer {
     /** FaultCode kPeerAbort of step_params.cuh. */
     private static final int PEER_ABORT = 3;
 
+    private static final int ITEMS_MISSING = 4; // kInternal of step_params.cuh
+
     private final MoeConfig config;
     private final String reason;
     private final Context context;
@@ -756,6 +758,7 @@ final class CudaLayer implements MoeLayer {
                     case 1 -> "timed out";
                     case 2 -> "saw an epoch that does not fit";
                     case PEER_ABORT -> "was aborted by its peer";
+                    case ITEMS_MISSING -> "waited for its own gate and up products";
                     default -> "failed with code " + code;
                 };
         return new LayerFault(
@@ -770,6 +773,18 @@ final class CudaLayer implements MoeLayer {
     }
 
     private static String describe(LayerFault fault) {
+        if (fault.operation().equals("experts")) {
+            return String.format(
+                    "experts on rank %d %s: after %.1f ms %d of an expert's %d items were finished;"
+                            + " the last valid epoch is %d; run the experts of two layers on one"
+                            + " stream, or one after the other",
+                    fault.rank(),
+                    fault.cause(),
+                    fault.waitedNs() / 1e6,
+                    fault.epochSeen(),
+                    fault.epochExpected(),
+                    fault.validEpoch());
+        }
         return String.format(
                 "%s on rank %d %s: waited %.1f ms for rank %d, epoch expected %d, seen %d; the last"
                         + " valid epoch is %d",

@@ -242,6 +242,26 @@ class ObserveRecordingTest {
         assertThat(fault.getLong("validEpoch")).isEqualTo(5);
     }
 
+    @Test
+    void shouldNameExpertsThatWaitedForTheirOwnProducts() {
+        try (CudaLayer layer = open()) {
+            layer.prepare();
+            CudaHandle handle = layer.handle(0);
+            fault(handle, 1);
+            ByteBuffer page = handle.reports();
+            int at = handle.errorOffset(1);
+            page.putInt(at + DeviceStructs.ERROR_RECORD.offset("op"), 3);
+            page.putInt(at + DeviceStructs.ERROR_RECORD.offset("code"), 4);
+            assertThatThrownBy(layer::check)
+                    .isInstanceOf(MoeFaultException.class)
+                    .hasMessage(
+                            "experts on rank 1 waited for its own gate and up products: after 2000.5"
+                                    + " ms 6 of an expert's 7 items were finished; the last valid"
+                                    + " epoch is 5; run the experts of two layers on one stream, or"
+                                    + " one after the other");
+        }
+    }
+
     private static void counter(CudaHandle handle, int rank, String field, long value) {
         handle.reports()
                 .putLong(
