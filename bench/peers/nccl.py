@@ -5,7 +5,7 @@
 
 Cases are those of bench/ep.json with as many ranks as there are GPUs; one process per GPU. Peers, all
 bfloat16, both with every rank's rows at every rank (no routing, no counts, no reordering):
-  nccl_ag_rs   all-gather of rows, ids and weights; reduce-scatter of the results
+  nccl_ag_rs   all-gather of rows with their ids and weights; reduce-scatter of the results
   nccl_a2a     all-to-all of T rows for each destination, there and back
 
 Many pairs are captured in a CUDA graph; an event between replays; the median over replays on each rank,
@@ -27,38 +27,49 @@ FEWEST_REPLAYS = 20
 
 def buffers(torch, case, ranks):
     tokens, hidden, top_k = case["tokens_per_rank"], case["hidden"], case["topk"]
-    new = {"device": "cuda"}
+    wide = hidden + 4 * top_k  # a row with its ids and weights behind it: one message, not three
+
+    def rows(count, width):
+        return torch.randn(count, width, device="cuda").to(torch.bfloat16)
+
     return {
-        "hidden": torch.randn(tokens, hidden, **new).to(torch.bfloat16),
-        "ids": torch.randint(0, case["experts"], (tokens, top_k), dtype=torch.int32, **new),
-        "weights": torch.rand(tokens, top_k, **new),
-        "rows": torch.empty(ranks * tokens, hidden, dtype=torch.bfloat16, **new),
-        "all_ids": torch.empty(ranks * tokens, top_k, dtype=torch.int32, **new),
-        "all_weights": torch.empty(ranks * tokens, top_k, **new),
-        "copies": torch.randn(ranks * tokens, hidden, **new).to(torch.bfloat16),
-        "home": torch.empty(ranks * tokens, hidden, dtype=torch.bfloat16, **new),
-        "out": torch.empty(tokens, hidden, dtype=torch.bfloat16, **new),
+        "sent": rows(tokens, wide),
+        "sent_to_each": rows(ranks * tokens, wide),
+        "received": rows(ranks * tokens, wide),
+        "results": rows(ranks * tokens, hidden),
+        "home": rows(ranks * tokens, hidden),
+        "out": rows(tokens, hidden),
     }
 
 
 def pair(dist, peer, b):
     """One dispatch and one combine; the experts between them do nothing."""
     if peer == "nccl_ag_rs":
-        dist.all_gather_into_tensor(b["rows"], b["hidden"])
-        dist.all_gather_into_tensor(b["all_ids"], b["ids"])
-        dist.all_gather_into_tensor(b["all_weights"], b["weights"])
-        dist.reduce_scatter_tensor(b["out"], b["rows"])
+        dist.all_gather_into_tensor(b["received"], b["sent"])
+        dist.reduce_scatter_tensor(b["out"], b["results"])
     else:
-        dist.all_to_all_single(b["rows"], b["copies"])
-        dist.all_to_all_single(b["home"], b["rows"])
+        dist.all_to_all_single(b["received"], b["sent_to_each"])
+        dist.all_to_all_single(b["home"], b["results"])
 
 
-def wrong(torch, peer, b, ranks):
+def wrong(torch, dist, peer, b, rank, ranks):
     """A reason if the collectives did not deliver what a dispatch and combine have to."""
+    tokens, hidden = b["out"].shape
+    mine = slice(rank * tokens, (rank + 1) * tokens)
+    sent = b["sent"] if peer == "nccl_ag_rs" else b["sent_to_each"][mine]
+    if not torch.equal(b["received"][mine], sent):
+        return "a rank's own rows did not arrive"
+    # Send back what came: each row comes home as it went, from every rank
+    b["results"].copy_(b["received"][:, :hidden])
+    torch.cuda.synchronize()
+    pair(dist, peer, b)
+    torch.cuda.synchronize()
     if peer == "nccl_ag_rs":
-        # Every rank gives the same row back: ranks times one's own, exact for powers of two
-        return "sum" if not torch.equal(b["out"], b["hidden"] * ranks) else None
-    return "rows came back changed" if not torch.equal(b["home"], b["copies"]) else None
+        # The same row from all ranks; exact, since the number of ranks is a power of two
+        home = torch.equal(b["out"], b["sent"][:, :hidden] * ranks)
+    else:
+        home = torch.equal(b["home"], b["sent_to_each"][:, :hidden])
+    return None if home else "rows came home changed"
 
 
 def measure(torch, dist, peer, case, ranks, pairs, sample_ms):
@@ -68,7 +79,7 @@ def measure(torch, dist, peer, case, ranks, pairs, sample_ms):
         for _ in range(3):
             pair(dist, peer, b)
     torch.cuda.synchronize()
-    reason = wrong(torch, peer, b, ranks)
+    reason = wrong(torch, dist, peer, b, dist.get_rank(), ranks)
     if reason:
         raise RuntimeError(f"{peer}: {reason}")
     graph = torch.cuda.CUDAGraph()
