@@ -14,6 +14,7 @@ multicast is off: it is no part of this comparison.
 """
 
 import argparse
+import datetime
 import json
 import os
 import statistics
@@ -129,7 +130,7 @@ def worker(rank, ranks, store, args, cases):
     rows = []
     for case in cases:
         for peer in PEERS:
-            row = {"case": case["case"], "peer": peer, "median_us": None, "error": None}
+            row = {"case": case["case"], "stage": "pair", "peer": peer, "median_us": None, "error": None}
             try:
                 row["median_us"] = measure(torch, dist, peer, case, ranks, args.pairs, args.sample_ms)
             except RuntimeError as error:
@@ -142,7 +143,8 @@ def worker(rank, ranks, store, args, cases):
             "nccl": ".".join(str(part) for part in torch.cuda.nccl.version()),
             "ranks": ranks,
             "pairs_per_graph": args.pairs,
-            "rows": rows,
+            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+            "cases": rows,
         }
         with open(args.out, "w", encoding="utf-8") as file:
             json.dump(report, file, indent=1)

@@ -10,9 +10,12 @@ import com.fasterxml.jackson.databind.node.ObjectNode;
 import java.io.IOException;
 import java.nio.file.Files;
 import java.nio.file.Path;
+import java.util.ArrayList;
+import java.util.LinkedHashMap;
 import java.util.List;
 import java.util.Locale;
 import java.util.Map;
+import java.util.Objects;
 
 /**
  * The measurements of one run and where they were made.
@@ -67,6 +70,7 @@ public record BenchReport(
                     "run_peer",
                     "run_peer_us",
                     "faster_than_run_peer",
+                    "aim_us",
                     "error",
                     "kernels",
                     "gpu",
@@ -164,6 +168,7 @@ public record BenchReport(
                 r.runPeer(),
                 r.runPeerUs(),
                 r.fasterThanRunPeer(),
+                r.aimUs(),
                 r.error(),
                 r.kernels(),
                 environment.getOrDefault("gpu", ""),
@@ -218,7 +223,10 @@ public record BenchReport(
         text.append(" | p20 | p80 | TFLOP/s | GB/s | floor µs | × floor | baseline µs");
         text.append(" | vs baseline | best peer | vs peer |");
         text.append(peers == null ? "" : " peer of this run | vs it |");
-        text.append("\n|").append("---|".repeat(peers == null ? 20 : 22)).append('\n');
+        boolean aims = rows.stream().anyMatch(row -> row.aimUs() != null);
+        text.append(aims ? " aim µs |" : "");
+        int columns = 20 + (peers == null ? 0 : 2) + (aims ? 1 : 0);
+        text.append("\n|").append("---|".repeat(columns)).append('\n');
         for (BenchRow r : rows) {
             text.append("| ").append(r.number() == 0 ? "–" : r.number());
             cell(text, r.model());
@@ -244,6 +252,9 @@ public record BenchReport(
                 cell(text, r.runPeer() == null ? "–" : r.runPeer() + " " + number(r.runPeerUs()));
                 cell(text, ratio(r.fasterThanRunPeer()));
             }
+            if (aims) {
+                cell(text, number(r.aimUs()));
+            }
             text.append(" |\n");
         }
         if (Summary.fits(this)) {
@@ -254,9 +265,17 @@ public record BenchReport(
     }
 
     private void describePeers(StringBuilder text) {
-        text.append("- peers of this run: torch ").append(peers.torch());
-        text.append(", Triton ").append(peers.triton()).append(", ").append(peers.gpu());
-        text.append(", driver ").append(peers.driver()).append(", ").append(peers.date());
+        text.append("- peers of this run: ");
+        List<String> facts = new ArrayList<>();
+        Map<String, String> named = new LinkedHashMap<>();
+        named.put("torch ", peers.torch());
+        named.put("Triton ", peers.triton());
+        named.put("NCCL ", peers.nccl());
+        named.put("", peers.gpu());
+        named.put("driver ", peers.driver());
+        named.forEach((name, fact) -> facts.add(fact == null ? null : name + fact));
+        facts.add(peers.date());
+        text.append(String.join(", ", facts.stream().filter(Objects::nonNull).toList()));
         text.append('\n');
         if (peers.denseTflops() != null) {
             text.append("- dense 8192³ product: ").append(number(peers.denseTflops()));

@@ -44,6 +44,7 @@ import java.util.Map;
  * @param fasterThanRunPeer peer / median
  * @param runPeersUs all peers measured beside this run
  * @param kernels what was timed, in order
+ * @param aimUs what the case is to reach, if its file says so
  */
 @JsonInclude(JsonInclude.Include.NON_NULL)
 public record BenchRow(
@@ -84,7 +85,8 @@ public record BenchRow(
         Double runPeerUs,
         Double fasterThanRunPeer,
         Map<String, Double> runPeersUs,
-        String kernels) {
+        String kernels,
+        Double aimUs) {
     /** This row beside peers that were measured in the same run, by name; at least one. */
     BenchRow withRunPeers(Map<String, Double> us) {
         Map.Entry<String, Double> best =
@@ -127,7 +129,54 @@ public record BenchRow(
                 best.getValue(),
                 best.getValue() / medianUs,
                 us,
-                kernels);
+                kernels,
+                aimUs);
+    }
+
+    /** This row of a group of GPUs, with what it is compared with there; peers may be empty. */
+    BenchRow of(String timedMode, double floor, Map<String, Double> recorded, Double aim) {
+        Map.Entry<String, Double> best =
+                recorded.entrySet().stream().min(Map.Entry.comparingByValue()).orElse(null);
+        return new BenchRow(
+                bench,
+                number,
+                model,
+                hidden,
+                intermediate,
+                experts,
+                topK,
+                ep,
+                tokens,
+                routing,
+                stage,
+                backend,
+                timedMode,
+                cache,
+                weightSets,
+                rows,
+                hitExperts,
+                medianUs,
+                p20Us,
+                p80Us,
+                samples,
+                tflops,
+                gbPerS,
+                floor,
+                medianUs / floor,
+                baseline,
+                baselineUs,
+                fasterThanBaseline,
+                best == null ? null : best.getKey(),
+                best == null ? null : best.getValue(),
+                best == null ? null : best.getValue() / medianUs,
+                recorded.isEmpty() ? null : recorded,
+                error,
+                runPeer,
+                runPeerUs,
+                fasterThanRunPeer,
+                runPeersUs,
+                kernels,
+                aim);
     }
 
     /** This row with the kernels that were timed. */
@@ -170,7 +219,8 @@ public record BenchRow(
                 runPeerUs,
                 fasterThanRunPeer,
                 runPeersUs,
-                names);
+                names,
+                aimUs);
     }
 
     /** Name of the fastest peer, measured beside this run or recorded; null if there is none. */

@@ -12,7 +12,7 @@ import java.util.List;
 import java.util.Map;
 
 /**
- * What bench/peers/peers.py measured on the same GPU in the same run: times of other libraries per
+ * What bench/peers/peers.py or nccl.py measured on the same GPU in the same run: times of other libraries per
  * case and stage, a dense product and a copy.
  *
  * @param run where and with what
@@ -39,12 +39,17 @@ public record PeersFile(PeersRun run, List<Time> times) {
             String peer,
             double medianUs) {
         private boolean fits(BenchRow row) {
-            return row.bench().equals("experts")
-                    && row.number() == number
-                    && row.model().equals(model)
-                    && row.rows() == rows
-                    && row.hitExperts() == hitExperts
-                    && row.stage().equals(stage);
+            boolean pair = row.stage().equals(Stage.PAIR.id());
+            if (!stage.equals(row.stage()) || row.number() != number) {
+                return false;
+            }
+            // why: a pair has a size, not counts; and what came late has no peer
+            return pair
+                    ? row.mode().equals("graph")
+                    : row.bench().equals("experts")
+                            && row.model().equals(model)
+                            && row.rows() == rows
+                            && row.hitExperts() == hitExperts;
         }
     }
 
@@ -65,7 +70,7 @@ public record PeersFile(PeersRun run, List<Time> times) {
         }
         if (!root.path("cases").isArray()) {
             throw new IllegalArgumentException(
-                    file + " has no cases: give a file that bench/peers/peers.py wrote");
+                    file + " has no cases: give a file that a script in bench/peers wrote");
         }
         List<Time> times = new ArrayList<>();
         List<String> failures = new ArrayList<>();
@@ -115,6 +120,7 @@ public record PeersFile(PeersRun run, List<Time> times) {
                 text(root, "driver"),
                 text(root, "torch"),
                 text(root, "triton"),
+                text(root, "nccl"),
                 text(root, "date"),
                 number(root, "dense_8192_tflops"),
                 number(root, "copy_gb_per_s"),

@@ -11,6 +11,7 @@ import java.util.List;
  * @param driver its driver
  * @param torch version of torch
  * @param triton version of Triton
+ * @param nccl version of NCCL
  * @param date when
  * @param denseTflops a dense 8192³ bfloat16 product by torch, TFLOP/s
  * @param copyGbPerS a copy within device memory, GB/s read and written together
@@ -23,6 +24,7 @@ public record PeersRun(
         String driver,
         String torch,
         String triton,
+        String nccl,
         String date,
         Double denseTflops,
         Double copyGbPerS,

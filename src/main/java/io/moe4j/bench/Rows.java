@@ -61,6 +61,7 @@ final class Rows {
                 null,
                 null,
                 null,
+                null,
                 null);
     }
 

@@ -10,6 +10,8 @@ public enum Stage {
     CHAIN("ch"),
     /** The whole step, router to combine. */
     STEP("step"),
+    /** Dispatch and combine, without experts between them. */
+    PAIR("pair"),
     /** One dense 8192³ product by cuBLAS, which prefill is compared with. */
     DENSE("dense"),
     /** From opening a layer to its first output on the host, in a fresh process. */

@@ -9,6 +9,8 @@ import io.moe4j.bench.BenchRow;
 import io.moe4j.bench.CaseFile;
 import io.moe4j.bench.ChainBench;
 import io.moe4j.bench.Comparison;
+import io.moe4j.bench.EpBench;
+import io.moe4j.bench.EpCase;
 import io.moe4j.bench.ExpertsBench;
 import io.moe4j.bench.LaunchBench;
 import io.moe4j.bench.Machine;
@@ -47,6 +49,7 @@ import picocli.CommandLine.Spec;
         subcommands = {
             BenchCommand.Experts.class,
             BenchCommand.Chain.class,
+            BenchCommand.Ep.class,
             BenchCommand.Launch.class,
             BenchCommand.Show.class,
             CommandLine.HelpCommand.class
@@ -57,7 +60,7 @@ final class BenchCommand implements Runnable {
     @Override
     public void run() {
         throw new CommandLine.ParameterException(
-                spec.commandLine(), "Missing subcommand: experts, chain, launch or show");
+                spec.commandLine(), "Missing subcommand: experts, chain, ep, launch or show");
     }
 
     /** Forms a report can be printed in. */
@@ -519,6 +522,115 @@ final class BenchCommand implements Runnable {
                 return new ChainBench(options)
                         .run(layer.model(), config, weights, routing, layer.tokens);
             }
+        }
+    }
+
+    /** Several GPUs. */
+    @Command(
+            name = "ep",
+            description = {
+                "Expert parallelism over several GPUs of this host, one rank each: dispatch and"
+                        + " combine alone, the experts, and whole steps. The slowest rank counts."
+            })
+    static final class Ep extends Kind {
+        @Mixin private LayerOptions layer;
+        @Mixin private TimingOptions timing;
+
+        @Option(
+                names = "--gpus",
+                paramLabel = "N",
+                defaultValue = "2",
+                description = "GPUs, from device 0 on (default: ${DEFAULT-VALUE}).")
+        private int gpus;
+
+        @Option(
+                names = "--cases",
+                paramLabel = "FILE",
+                description = {
+                    "Sizes of dispatch and combine, and times of others to compare with, as in"
+                            + " bench/ep.json; instead of a layer and tokens, and without experts."
+                })
+        private Path cases;
+
+        @Option(
+                names = "--skew",
+                paramLabel = "US",
+                description = {
+                    "Also times pairs in which each rank comes so many microseconds after the one"
+                            + " before; the last one's time counts."
+                })
+        private double skewUs;
+
+        @Option(
+                names = "--peers",
+                paramLabel = "PEERS.json",
+                description = "Puts the times that bench/peers/nccl.py wrote beside ours.")
+        private Path peers;
+
+        @Override
+        Path peers() {
+            return peers;
+        }
+
+        @Override
+        String backend() {
+            return "cuda";
+        }
+
+        @Override
+        List<BenchRow> measure(ReportOptions report) throws IOException {
+            if (gpus < 2) {
+                throw new IllegalArgumentException(
+                        "--gpus=" + gpus + " is no group: give 2 or more, or use bench chain");
+            }
+            if (layer.ranks != 1) {
+                throw new IllegalArgumentException("--ranks does not apply: give --gpus");
+            }
+            if (!(skewUs >= 0)) {
+                throw new IllegalArgumentException("--skew=" + skewUs + " is negative");
+            }
+            try (ConsoleProgress progress = new ConsoleProgress("ep")) {
+                BenchOptions options = timing.options(report, null, progress);
+                if (!options.backend().equals("cuda")) {
+                    throw new IllegalArgumentException("bench ep needs GPUs: see moe4j info");
+                }
+                RoutingPattern routing = RoutingPattern.parse(layer.routing);
+                return cases == null
+                        ? wholeSteps(options, report, routing)
+                        : pairs(options, report, routing);
+            }
+        }
+
+        private List<BenchRow> wholeSteps(
+                BenchOptions options, ReportOptions report, RoutingPattern routing) {
+            layer.shape();
+            RandomWeights weights = layer.weights(report.seed);
+            MoeConfig config =
+                    MoeConfig.builder().weights(weights).activation(layer.activation()).build();
+            return new EpBench(options, gpus, true, skewUs, List.of())
+                    .run(layer.model(), config, weights, routing, layer.tokens);
+        }
+
+        /** Experts as narrow as they come: they do not run. */
+        private List<BenchRow> pairs(
+                BenchOptions options, ReportOptions report, RoutingPattern routing)
+                throws IOException {
+            List<EpCase> all = EpCase.read(cases);
+            EpBench bench = new EpBench(options, gpus, false, skewUs, all);
+            List<BenchRow> rows = new ArrayList<>();
+            for (EpCase one : all) {
+                if (one.ranks() == gpus) {
+                    MoeShape shape = MoeShape.of(one.hidden(), 64, one.experts(), one.topK());
+                    RandomWeights weights = RandomWeights.of(shape, report.seed);
+                    MoeConfig config = MoeConfig.builder().weights(weights).build();
+                    rows.addAll(
+                            bench.run("custom", config, weights, routing, List.of(one.tokens())));
+                }
+            }
+            if (rows.isEmpty()) {
+                throw new IllegalArgumentException(cases + " has no case for --gpus=" + gpus);
+            }
+            return rows;
         }
     }
 

@@ -3,6 +3,7 @@ package io.moe4j.cuda;
 import io.moe4j.BoundStep;
 import io.moe4j.MoeConfig;
 import io.moe4j.MoeGraph;
+import io.moe4j.Phase;
 import io.moe4j.cuda.driver.Context;
 import io.moe4j.cuda.driver.DeviceAttribute;
 import io.moe4j.cuda.driver.DeviceBuffer;
@@ -31,6 +32,7 @@ import java.util.Deque;
 import java.util.IdentityHashMap;
 import java.util.List;
 import java.util.Set;
+import java.util.function.Consumer;
 
 /**
  * Internal, for {@code io.moe4j.bench}: what a benchmark needs beyond the public API. Times work by
@@ -48,13 +50,32 @@ public final class CudaProbe implements AutoCloseable {
         DOWN
     }
 
+    /** Which phases of a step to launch. */
+    public enum Phases {
+        /** Dispatch and combine, with nothing between them: rows come home as an earlier step left them. */
+        PAIR,
+        /** The experts, on rows that an earlier step left in the buffers. */
+        EXPERTS,
+        /** All of them. */
+        STEP
+    }
+
     private final Context context;
     private final Stream stream;
     private final Deque<AutoCloseable> owned = new ArrayDeque<>();
 
     /** A probe on device 0, or on the one that {@code moe4j.cuda.device} names. */
     public CudaProbe() {
-        context = new Context(Drivers.open(), Integer.getInteger("moe4j.cuda.device", 0));
+        this(Integer.getInteger("moe4j.cuda.device", 0));
+    }
+
+    /**
+     * A probe on a device.
+     *
+     * @param device its number
+     */
+    public CudaProbe(int device) {
+        context = new Context(Drivers.open(), device);
         owned.push(context);
         stream = own(new Stream(context));
     }
@@ -166,6 +187,25 @@ public final class CudaProbe implements AutoCloseable {
     }
 
     /**
+     * Enqueues phases of a step, outside the order in which a caller has to enqueue them.
+     *
+     * @param step bound by a layer of the CUDA backend
+     * @param phases which; those of a group's ranks must be the same
+     */
+    public void launch(BoundStep step, Phases phases) {
+        CudaStep cuda = (CudaStep) step;
+        CudaLayer layer = cuda.cudaLayer();
+        switch (phases) {
+            case EXPERTS -> layer.launchExperts(stream(), cuda, Part.CHAIN);
+            case STEP -> layer.launchAgain(stream(), cuda, Phase.ROUTE, Phase.COMBINE_RECV);
+            case PAIR -> {
+                layer.launchAgain(stream(), cuda, Phase.ROUTE, Phase.DISPATCH_RECV);
+                layer.launchAgain(stream(), cuda, Phase.COMBINE_SEND, Phase.COMBINE_RECV);
+            }
+        }
+    }
+
+    /**
      * Captures {@code rounds} rounds of a part of the experts phase over steps of any layers.
      *
      * @param steps bound by layers of the CUDA backend
@@ -174,6 +214,23 @@ public final class CudaProbe implements AutoCloseable {
      * @return the graph, owned by the caller
      */
     public MoeGraph captureExperts(List<? extends BoundStep> steps, Part part, int rounds) {
+        return capture(steps, step -> launchExperts(step, part), rounds);
+    }
+
+    /**
+     * Captures {@code rounds} rounds of some phases over steps of any layers.
+     *
+     * @param steps bound by layers of the CUDA backend
+     * @param phases which phases
+     * @param rounds how often
+     * @return the graph, owned by the caller
+     */
+    public MoeGraph capture(List<? extends BoundStep> steps, Phases phases, int rounds) {
+        return capture(steps, step -> launch(step, phases), rounds);
+    }
+
+    private MoeGraph capture(
+            List<? extends BoundStep> steps, Consumer<BoundStep> launch, int rounds) {
         Set<CudaLayer> pinned = Collections.newSetFromMap(new IdentityHashMap<>());
         try {
             for (BoundStep step : steps) {
@@ -189,7 +246,7 @@ public final class CudaProbe implements AutoCloseable {
                             stream(),
                             () -> {
                                 for (int round = 0; round < rounds; round++) {
-                                    steps.forEach(step -> launchExperts(step, part));
+                                    steps.forEach(launch);
                                 }
                             });
             return new CudaGraph(exec, pinned, GraphTrace.unwatched());
@@ -226,6 +283,23 @@ public final class CudaProbe implements AutoCloseable {
             return us;
         } finally {
             events.forEach(Event::close);
+        }
+    }
+
+    /**
+     * {@return the device time of one call of {@code work} on a stream with nothing before it, in
+     * microseconds}
+     *
+     * @param work enqueues what is timed
+     */
+    public double deviceUs(Runnable work) {
+        try (Event start = new Event(context, true);
+                Event end = new Event(context, true)) {
+            start.record(stream());
+            work.run();
+            end.record(stream());
+            end.synchronize();
+            return 1e3 * end.elapsedMsSince(start);
         }
     }
 
