@@ -84,7 +84,7 @@ if [ -d "$jdk/jmods" ]; then path="--module-path $jdk/jmods"; else path=; fi
 cp src/main/bundle/run "$bundle/run"
 chmod 755 "$bundle/run"
 mkdir -p "$bundle/bench/peers"
-cp bench/cases.json bench/prefill.json "$bundle/bench/"
+cp bench/cases.json bench/prefill.json bench/ep.json "$bundle/bench/"
 cp bench/peers/*.py "$bundle/bench/peers/"
 if [ -x target/step_main ]; then
     cp target/step_main "$bundle/step_main"

@@ -218,7 +218,9 @@ public final class EpBench {
             return cost(slowestRank());
         }
 
-        /** There and back: the way itself, and the rows that leave a rank at the rate of its link. */
+        /**
+         * There and back: the way itself, and the rows that leave a rank at the rate of its link.
+         */
         private double wireFloorUs() {
             int perRank = config.maxTokensPerRank() * config.shape().topK();
             long most = 0;
@@ -265,10 +267,7 @@ public final class EpBench {
                             + (stage == Stage.CHAIN ? 0 : wireFloorUs());
             boolean plain = stage == Stage.PAIR && mode.equals("graph") && known != null;
             return row.of(
-                    mode,
-                    floor,
-                    plain ? known.peersUs() : Map.of(),
-                    plain ? known.aimUs() : null);
+                    mode, floor, plain ? known.peersUs() : Map.of(), plain ? known.aimUs() : null);
         }
 
         private Sample slowest(List<Member> members, Function<Member, Sample> of) {

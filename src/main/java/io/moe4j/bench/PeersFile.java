@@ -12,8 +12,8 @@ import java.util.List;
 import java.util.Map;
 
 /**
- * What bench/peers/peers.py or nccl.py measured on the same GPU in the same run: times of other libraries per
- * case and stage, a dense product and a copy.
+ * What bench/peers/peers.py or nccl.py measured on the same GPU in the same run: times of other
+ * libraries per case and stage, a dense product and a copy.
  *
  * @param run where and with what
  * @param times the times that could be measured

@@ -52,7 +52,10 @@ public final class CudaProbe implements AutoCloseable {
 
     /** Which phases of a step to launch. */
     public enum Phases {
-        /** Dispatch and combine, with nothing between them: rows come home as an earlier step left them. */
+        /**
+         * Dispatch and combine, with nothing between them: rows come home as an earlier step left
+         * them.
+         */
         PAIR,
         /** The experts, on rows that an earlier step left in the buffers. */
         EXPERTS,

@@ -130,6 +130,11 @@ class BenchCliTest {
                 "bench experts --sample-ms 0 | is not positive",
                 "bench experts -o xml | expected one of",
                 "bench experts --cases missing.json | missing.json does not exist",
+                "bench ep --gpus 1 | --gpus=1 is no group",
+                "bench ep --ranks 2 | --ranks does not apply",
+                "bench ep --skew -1 | --skew=-1.0 is negative",
+                "bench ep --backend cpu | bench ep needs GPUs",
+                "bench ep --peers missing.json | missing.json does not exist",
                 "bench show missing.json | missing.json does not exist"
             })
     void shouldExplainWrongUse(String call, String message) {
