@@ -58,6 +58,7 @@ final class CudaHandle implements AutoCloseable {
             workspace[rank] = zeroed(context, layout.workspace().size());
             views.position(rank * DeviceStructs.RANK_VIEW.size());
             DeviceStructs.RANK_VIEW.writer(views).put("symmetric", symmetric[rank].address());
+            setMembers(context, rank, -1L >>> (Long.SIZE - ranks));
         }
         rankViews = own(new DeviceBuffer(context, views.capacity()));
         pinned = own(new PinnedBuffer(context, layout.pinned().size()));
@@ -68,6 +69,14 @@ final class CudaHandle implements AutoCloseable {
             context.driver().memcpyHtoD(rankViews.address(), views.rewind());
             // why: fills and pageable copies may still be under way, and steps run on other streams
             context.driver().streamSynchronize(0L);
+        }
+    }
+
+    /** Bit r: rank r of the group takes part in the steps of a local rank. */
+    private void setMembers(Context context, int rank, long members) {
+        ByteBuffer word = ByteBuffer.allocateDirect(8).order(ByteOrder.nativeOrder());
+        try (Scope scope = context.enter()) {
+            context.driver().memcpyHtoD(workspace(rank, "members"), word.putLong(0, members));
         }
     }
 
@@ -106,6 +115,26 @@ final class CudaHandle implements AutoCloseable {
     /** Address by which the device writes the rank's counters. */
     long countersAddress(int rank) {
         return pinned.deviceAddress() + countersOffset(rank);
+    }
+
+    /** Address by which the device writes what it knows of each peer of a local rank. */
+    long statsAddress(int rank) {
+        return pinned.deviceAddress() + statsOffset(rank);
+    }
+
+    /** A field of what a local rank knows of a peer. */
+    long peerStat(int rank, int peer, String field) {
+        return (long)
+                LONG.getAcquire(
+                        pinned.bytes(),
+                        statsOffset(rank)
+                                + peer * DeviceStructs.PEER_STATS.size()
+                                + DeviceStructs.PEER_STATS.offset(field));
+    }
+
+    private int statsOffset(int rank) {
+        return (int) layout.pinned().offset("peers")
+                + rank * symmetric.length * DeviceStructs.PEER_STATS.size();
     }
 
     /** A field of a rank's error record; the code is read first, with acquire. */

@@ -60,6 +60,9 @@ final class CudaLayer implements MoeLayer {
     /** Bound of every device wait. Virtual ranks never wait: all sends precede all waits. */
     private static final long TIMEOUT_NS = 2_000_000_000L;
 
+    /** The same for the first step of a generation, which other ranks may begin much later. */
+    private static final long FIRST_TIMEOUT_NS = TIMEOUT_NS;
+
     /** FaultCode kPeerAbort of step_params.cuh. */
     private static final int PEER_ABORT = 3;
 
@@ -327,11 +330,15 @@ final class CudaLayer implements MoeLayer {
                         "arrivals",
                         "totals",
                         "work",
-                        "expert_done")) {
+                        "expert_done",
+                        "members",
+                        "peer_totals",
+                        "received")) {
             to.put(buffer, handle.workspace(rank, buffer));
         }
         to.put("error", handle.errorAddress(rank));
         to.put("counters", handle.countersAddress(rank));
+        to.put("stats", handle.statsAddress(rank));
     }
 
     /** A rank's experts are consecutive in the layer's buffers. */
@@ -390,10 +397,12 @@ final class CudaLayer implements MoeLayer {
         to.put("alpha", config.activation().alpha());
         to.put("limit", config.activation().limit());
         to.put("timeout_ns", TIMEOUT_NS);
+        to.put("first_timeout_ns", FIRST_TIMEOUT_NS);
         for (String buffer :
                 List.of(
                         "dispatch_flags",
                         "combine_flags",
+                        "abort_words",
                         "recv_tokens",
                         "recv_ids",
                         "recv_weights",
@@ -827,6 +836,9 @@ final class CudaLayer implements MoeLayer {
                 List.of(
                         "dispatch_flags",
                         "combine_flags",
+                        "abort_words",
+                        "members",
+                        "peer_totals",
                         "epoch",
                         "arrivals",
                         "totals",

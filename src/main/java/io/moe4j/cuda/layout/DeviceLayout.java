@@ -53,6 +53,7 @@ public final class DeviceLayout {
 
         symmetric.add("dispatch_flags", "R*8", r, 8);
         symmetric.add("combine_flags", "R*8", r, 8);
+        symmetric.add("abort_words", "R*8", r, 8);
         symmetric.add("recv_tokens", "R*4", r, 4);
         symmetric.add("recv_ids", "R*M*K*4", r, m, k, 4);
         symmetric.add("recv_weights", "R*M*K*4", r, m, k, 4);
@@ -73,11 +74,14 @@ public final class DeviceLayout {
         workspace.add("expert_out", "rows*Hp*2", rows, hp, 2);
         workspace.add("shared_activated", "M*Sp*2", shared ? m : 0, sp, 2);
         workspace.add("shared_out", "M*Hp*2", shared ? m : 0, hp, 2);
-        workspace.add("epoch", "8", 8);
+        workspace.add("epoch", "16", 16);
         workspace.add("arrivals", "32", 32);
-        workspace.add("totals", "32", 32);
+        workspace.add("totals", "64", 64);
         workspace.add("work", "32", 32);
         workspace.add("expert_done", "L*4", l, 4);
+        workspace.add("members", "8", 8);
+        workspace.add("peer_totals", "R*32", r, 32);
+        workspace.add("received", "R*L*4", r, l, 4);
 
         weights.add("w_gate_up", "E*2*Ip*Hp*2", e, gateUpRows(), hp, 2);
         weights.add("w_down", "E*Hp128*Ip*2", e, downRows(), ip, 2);
@@ -93,6 +97,7 @@ public final class DeviceLayout {
 
         pinned.add("errors", "R*64", r, DeviceStructs.ERROR_RECORD.size());
         pinned.add("counters", "R*64", r, DeviceStructs.SOFT_COUNTERS.size());
+        pinned.add("peers", "R*R*64", r, r, DeviceStructs.PEER_STATS.size());
     }
 
     private void requireWithinLimits() {
