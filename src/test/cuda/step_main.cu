@@ -125,6 +125,7 @@ class Layer {
     int L, Hp, Ip, Sp;
     moe::ErrorRecord* errors;
     moe::SoftCounters* counters;
+    moe::PeerStats* stats;
     uint64_t steps = 0, dropped = 0, duplicates = 0, over = 0;
 
     explicit Layer(const Config& config) : c(config), random{1234567ull + config.H * 31 + config.E} {
@@ -135,6 +136,8 @@ class Layer {
         CHECK_CUDA(cudaHostAlloc(&counters, sizeof(*counters) * c.R, cudaHostAllocMapped));
         std::memset(errors, 0, sizeof(*errors) * c.R);
         std::memset(counters, 0, sizeof(*counters) * c.R);
+        CHECK_CUDA(cudaHostAlloc(&stats, sizeof(*stats) * c.R * c.R, cudaHostAllocMapped));
+        std::memset(stats, 0, sizeof(*stats) * c.R * c.R);
         int device, value;
         CHECK_CUDA(cudaGetDevice(&device));
         CHECK_CUDA(cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device));
@@ -157,6 +160,7 @@ class Layer {
         for (void* a : allocations) cudaFree(a);
         cudaFreeHost(errors);
         cudaFreeHost(counters);
+        cudaFreeHost(stats);
         cudaStreamDestroy(stream);
     }
 
@@ -193,6 +197,8 @@ class Layer {
         CHECK_CUDA(cudaMemcpy(v.data(), from, n * sizeof(T), cudaMemcpyDeviceToHost));
         return v;
     }
+
+    const uint8_t* region(int rank) { return get(p.ranks + rank, 1)[0].symmetric; }
 
     int clamped(int rank) const { return std::max(0, std::min(ranks[rank].tokens, c.M)); }
 
@@ -252,7 +258,7 @@ class Layer {
         p.routing_input = c.input, p.scoring = c.scoring, p.renormalise = c.renormalise;
         p.groups = c.groups, p.topk_groups = c.topk_groups, p.scale = c.scale;
         p.activation = c.activation, p.alpha = 1.702f, p.limit = c.activation ? 1.0f : INFINITY;
-        p.timeout_ns = c.timeout_ns;
+        p.timeout_ns = p.first_timeout_ns = c.timeout_ns;
     }
 
     std::vector<float> matrix(int64_t n, float scale) {
@@ -347,6 +353,7 @@ class Layer {
         };
         p.off_dispatch_flags = place(8 * c.R);
         p.off_combine_flags = place(8 * c.R);
+        p.off_abort_words = place(8 * c.R);
         const uint64_t flags_end = at;
         p.off_recv_tokens = place(4 * c.R);
         p.off_recv_ids = place(4 * slots * c.K);
@@ -402,9 +409,15 @@ class Layer {
             d.packed_row_of = alloc<int32_t>(slots * c.K, true);
             d.activated = alloc<__nv_bfloat16>(packed * Ip, true);
             d.expert_out = alloc<__nv_bfloat16>(packed * Hp, true);
-            d.epoch = alloc<uint64_t>(1, false);
+            d.epoch = alloc<uint64_t>(2, false);
             d.arrivals = alloc<uint32_t>(8, false);
-            d.totals = alloc<uint64_t>(4, false);
+            d.totals = alloc<uint64_t>(8, false);
+            const uint64_t everyone = ~0ull >> (64 - c.R);
+            uint64_t* members = alloc<uint64_t>(1, false);
+            put(members, &everyone, 8);
+            d.members = members, d.stats = stats + r * c.R;
+            d.peer_totals = alloc<uint64_t>(moe::kPeerWords * c.R, false);
+            d.received = alloc<int32_t>(static_cast<int64_t>(c.R) * L, true);
             d.error = errors + r, d.counters = counters + r;
             d.work = alloc<uint32_t>(8, false);
             d.expert_done = alloc<uint32_t>(L, false);
@@ -787,6 +800,8 @@ void check_timeout(bool timed) {
                e.epoch_expected == 1 && e.epoch_seen == 0 && e.waited_ns >= c.timeout_ns &&
                e.waited_ns < 100 * c.timeout_ns && e.valid_epoch == 0 && l.counters[0].steps == 0,
            "a missing peer is reported", c.text(), detail);
+    const auto told = l.get(reinterpret_cast<const uint64_t*>(l.region(1) + l.p.off_abort_words), 1);
+    expect(told[0] == 1, "a fault is told to the peers", c.text(), std::to_string(told[0]));
     expect(l.ranks[0].out == l.ranks[0].out_before, "a faulted step writes no output", c.text());
     const float us = l.time_us(1);
     expect(!timed || us < 5000, "replays after a fault do not wait", c.text(), std::to_string(us));

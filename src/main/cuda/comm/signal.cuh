@@ -1,21 +1,27 @@
-// Epoch flags between ranks, the arrival of a rank's CTAs, and the error record.
+// Epoch flags between ranks, the arrival of a rank's CTAs, abort words and the error record.
 //
 // Writer: payload of all CTAs -> arrive_is_last -> store_release_sys of the epoch by the last CTA.
 // Reader: load_acquire_sys until flag >= epoch -> CTA barrier -> payload.
-// A rank that met a fault goes silent: it sends no payload and raises its flags to kAbortEpoch, so
-// that its peers fail at once instead of waiting for their bound. Nothing traps; graphs finish.
+// A rank that met a fault goes silent: it sends no payload and raises no flag. It tells every member
+// at once, by its abort word, so that they fail instead of waiting for their bound. Nothing traps;
+// graphs finish.
 #pragma once
+#include "../layout/recv_buffer.cuh"
 #include "../layout/step_params.cuh"
 #include "../ptx/globaltimer.cuh"
 #include "../ptx/ld_st.cuh"
 
 namespace moe {
 
-constexpr uint64_t kAbortEpoch = ~0ull;
-
 // Words of LocalRank::arrivals. The last is no counter: 1 once this rank's error record is claimed.
 // It stays set until the host clears it.
 enum ArrivalWord { kDispatchSent = 0, kCombineSent = 1, kCombineDone = 2, kFaultClaimed = 7 };
+
+// Words of LocalRank::epoch.
+enum EpochWord { kThisStep = 0, kLastStep = 1 };
+
+// Words of a rank in LocalRank::peer_totals, as in PeerStats.
+enum PeerWord { kPeerRows = 0, kPeerWaited = 1, kPeerWaitedCombine = 2, kPeerWaitedTotal = 3, kPeerWords = 4 };
 
 constexpr int kPollsPerClockRead = 64;
 
@@ -23,12 +29,12 @@ __device__ __forceinline__ bool has_fault(const LocalRank& me) {
     return ptx::load_relaxed_gpu(me.arrivals + kFaultClaimed) != 0;
 }
 
-// The first fault of a rank fills the record; later ones are dropped.
-__device__ __forceinline__ void claim_error_record(const LocalRank& me, FaultCode code, FaultOp op,
+// The first fault of a rank fills the record; later ones are dropped. True: it was the first.
+__device__ __forceinline__ bool claim_error_record(const LocalRank& me, FaultCode code, FaultOp op,
                                                    int peer, uint64_t expected, uint64_t seen,
                                                    uint64_t waited_ns) {
     if (atomicCAS(me.arrivals + kFaultClaimed, 0u, 1u) != 0) {
-        return;
+        return false;
     }
     ErrorRecord* record = me.error;
     record->op = op;
@@ -38,11 +44,77 @@ __device__ __forceinline__ void claim_error_record(const LocalRank& me, FaultCod
     record->epoch_seen = seen;
     record->waited_ns = waited_ns;
     ptx::store_release_sys(&record->code, static_cast<uint32_t>(code));
+    return true;
+}
+
+// What a rank's abort word holds after a fault in this generation. An older one means nothing.
+__device__ __forceinline__ uint64_t abort_of(uint64_t epoch) {
+    return (epoch >> kGenerationShift) + 1;
+}
+
+__device__ __forceinline__ void tell_peer(const StepParams& p, const LocalRank& me, int peer) {
+    if (peer != me.rank && is_member(*me.members, peer)) {
+        ptx::store_release_sys(symmetric_of(p, peer).abort_words() + me.rank,
+                               abort_of(me.epoch[kThisStep]));
+    }
+}
+
+// A wait that failed: the record, and the peers, at once.
+// why not inlined: it runs once in a rank's life and would cost every wait its registers
+__device__ __noinline__ void fail_wait(const StepParams& p, const LocalRank& me, FaultCode code,
+                                       FaultOp op, int peer, uint64_t expected, uint64_t seen,
+                                       uint64_t waited_ns) {
+    if (claim_error_record(me, code, op, peer, expected, seen, waited_ns)) {
+        for (int r = 0; r < p.num_ranks; r++) {
+            tell_peer(p, me, r);
+        }
+    }
+}
+
+__device__ __forceinline__ uint64_t bound_of(const StepParams& p, uint64_t epoch) {
+    const bool first = (epoch & ((1ull << kGenerationShift) - 1)) == 1;
+    return first ? p.first_timeout_ns : p.timeout_ns;
+}
+
+// The member that has told of a fault in this generation, or -1.
+__device__ __forceinline__ int aborted_peer(const StepParams& p, const LocalRank& me, uint64_t epoch) {
+    const uint64_t* words = symmetric_of(p, me.rank).abort_words();
+    const uint64_t members = *me.members;
+    int peer = -1;
+    for (int r = 0; r < p.num_ranks; r++) {
+        if (ptx::load_relaxed_sys(words + r) == abort_of(epoch) && is_member(members, r) && r != me.rank) {
+            peer = r;
+        }
+    }
+    return peer;
+}
+
+// Ends a wait that lasts: by its bound, by an abort of any member, or because another wait of this
+// rank has failed. Asked every kPollsPerClockRead polls, since it costs more than a poll.
+// why not inlined: as fail_wait
+__device__ __noinline__ bool wait_is_over(const StepParams& p, const LocalRank& me, FaultOp op, int peer,
+                                          uint64_t epoch, uint64_t seen, uint64_t start) {
+    if (has_fault(me)) {
+        return true;
+    }
+    const uint64_t waited = ptx::globaltimer_ns() - start;
+    const int aborted = aborted_peer(p, me, epoch);
+    if (aborted >= 0) {
+        fail_wait(p, me, kPeerAbort, op, aborted, epoch, seen, waited);
+        return true;
+    }
+    if (waited > bound_of(p, epoch)) {
+        fail_wait(p, me, kTimeout, op, peer, epoch, seen, waited);
+        return true;
+    }
+    return false;
 }
 
 // One thread waits for one peer. False: a fault, of this wait or of another on this rank.
 __device__ __forceinline__ bool wait_for_peer(const uint64_t* flag, uint64_t epoch, int peer,
-                                              const StepParams& p, const LocalRank& me, FaultOp op) {
+                                              const StepParams& p, const LocalRank& me, FaultOp op,
+                                              uint64_t& waited_ns) {
+    waited_ns = 0;
     if (has_fault(me)) {
         return false;  // why: a replay after a fault must not wait for its bound again
     }
@@ -51,35 +123,38 @@ __device__ __forceinline__ bool wait_for_peer(const uint64_t* flag, uint64_t epo
         const uint64_t start = ptx::globaltimer_ns();
         int polls = 0;
         while (seen < epoch) {
-            // why: reading the clock costs more than a poll
             if (++polls == kPollsPerClockRead) {
                 polls = 0;
-                const uint64_t waited = ptx::globaltimer_ns() - start;
-                if (waited > p.timeout_ns) {
-                    claim_error_record(me, kTimeout, op, peer, epoch, seen, waited);
-                    return false;
-                }
-                if (has_fault(me)) {
+                if (wait_is_over(p, me, op, peer, epoch, seen, start)) {
                     return false;
                 }
             }
             seen = ptx::load_acquire_sys(flag);
         }
+        waited_ns = ptx::globaltimer_ns() - start;
     }
-    if (seen == kAbortEpoch) {
-        claim_error_record(me, kPeerAbort, op, peer, epoch, seen, 0);
+    if (seen != epoch) {
+        // A skipped step, a rank that the others went on without, or a foreign writer
+        fail_wait(p, me, kEpochMismatch, op, peer, epoch, seen, waited_ns);
         return false;
     }
     return true;
 }
 
-// The whole CTA waits until all ranks' flags have reached the epoch; thread r polls rank r.
+// The whole CTA waits until all members' flags have reached the epoch; thread r polls rank r. CTA 0
+// notes how long, in the given word of peer_totals.
 __device__ __forceinline__ bool wait_for_all_peers(const uint64_t* flags, uint64_t epoch,
                                                    const StepParams& p, const LocalRank& me,
-                                                   FaultOp op) {
+                                                   FaultOp op, PeerWord word) {
     bool arrived = true;
-    if (threadIdx.x < p.num_ranks) {
-        arrived = wait_for_peer(flags + threadIdx.x, epoch, threadIdx.x, p, me, op);
+    const int peer = threadIdx.x;
+    if (peer < p.num_ranks && is_member(*me.members, peer)) {
+        uint64_t waited_ns;
+        arrived = wait_for_peer(flags + peer, epoch, peer, p, me, op, waited_ns);
+        if (blockIdx.x == 0) {
+            me.peer_totals[peer * kPeerWords + word] = waited_ns;
+            me.peer_totals[peer * kPeerWords + kPeerWaitedTotal] += waited_ns;
+        }
     }
     // why: the barrier orders the pollers' acquires before every thread's reads of the payload
     return __syncthreads_and(arrived);
@@ -111,6 +186,16 @@ __device__ __forceinline__ bool arrive_is_last(uint32_t* counter, uint32_t arriv
     }
     __syncthreads();
     return last;
+}
+
+// Thread r < R of the CTA that arrived last: the flag for rank r, or word of a fault.
+__device__ __forceinline__ void signal_peer(const StepParams& p, const LocalRank& me, uint64_t* flag,
+                                            int peer, bool silent) {
+    if (silent) {
+        tell_peer(p, me, peer);  // why again: a fault of the experts has told nobody yet
+    } else {
+        ptx::store_release_sys(flag, me.epoch[kThisStep]);
+    }
 }
 
 }  // namespace moe

@@ -84,13 +84,24 @@ __device__ __forceinline__ void combine_token(const StepParams& p, const LocalRa
     store_8(me.out, at, sum, valid, p.out_dtype, vectors);
 }
 
+// Thread r: what is known of rank r. Plain stores to pinned memory.
+__device__ __forceinline__ void publish_peer(const LocalRank& me, int peer) {
+    const uint64_t* from = me.peer_totals + peer * kPeerWords;
+    PeerStats* to = me.stats + peer;
+    to->rows_received = from[kPeerRows];
+    to->waited_ns = from[kPeerWaited];
+    to->waited_ns_combine = from[kPeerWaitedCombine];
+    to->waited_total_ns = from[kPeerWaitedTotal];
+}
+
 __device__ __forceinline__ void publish_step(const LocalRank& me) {
-    me.totals[0] += 1;
-    me.counters->steps = me.totals[0];
-    me.counters->dropped_ids = me.totals[1];
-    me.counters->duplicate_ids = me.totals[2];
-    me.counters->over_capacity_tokens = me.totals[3];
-    ptx::store_release_sys(&me.error->valid_epoch, *me.epoch);
+    me.totals[kTotalSteps] += 1;
+    me.counters->steps = me.totals[kTotalSteps];
+    me.counters->dropped_ids = me.totals[kTotalDropped];
+    me.counters->duplicate_ids = me.totals[kTotalDuplicates];
+    me.counters->over_capacity_tokens = me.totals[kTotalOverCapacity];
+    me.counters->lost_rows = me.totals[kTotalLostRows];
+    ptx::store_release_sys(&me.error->valid_epoch, me.epoch[kThisStep]);
 }
 
 }  // namespace moe
@@ -108,7 +119,8 @@ void moe_combine_recv(const __grid_constant__ moe::StepParams p) {
         return;
     }
 
-    if (wait_for_all_peers(mine.combine_flags(), *me.epoch, p, me, kOpCombineRecv)) {
+    if (wait_for_all_peers(mine.combine_flags(), me.epoch[kThisStep], p, me, kOpCombineRecv,
+                           kPeerWaitedCombine)) {
         const bool in_vectors = rows_are_vectors(me.hidden, p.hidden, p.hidden_dtype);
         const bool out_vectors = rows_are_vectors(me.out, p.hidden, p.out_dtype);
         const bool gated = me.shared_out != nullptr && p.shared_gate != nullptr;
@@ -122,7 +134,17 @@ void moe_combine_recv(const __grid_constant__ moe::StepParams p) {
         }
     }
 
-    if (arrive_is_last(me.arrivals + kCombineDone, arriving) && threadIdx.x == 0 && !has_fault(me)) {
-        publish_step(me);
+    if (arrive_is_last(me.arrivals + kCombineDone, arriving)) {
+        if (!has_fault(me)) {
+            if (threadIdx.x < p.num_ranks) {
+                publish_peer(me, threadIdx.x);
+            }
+            if (threadIdx.x == 0) {
+                publish_step(me);
+            }
+        }
+        if (threadIdx.x == 0) {
+            me.epoch[kLastStep] = me.epoch[kThisStep];
+        }
     }
 }

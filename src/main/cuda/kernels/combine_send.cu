@@ -1,5 +1,5 @@
 // The results of a slot's local experts, weighted and summed in k order in float32, as one bf16 row
-// to the slot's home rank; then one flag per rank, also with no rows.
+// to the slot's home rank; then one flag per member, also with no rows.
 //
 // A CTA handles chunks of 2048 columns of a received token, 8 a thread. Tokens without an expert
 // here are skipped: the home rank knows by its mask. The flag also tells the peer that this rank has
@@ -69,6 +69,7 @@ void moe_combine_send(const __grid_constant__ moe::StepParams p) {
     __shared__ int32_t first[kMaxRanks + 1];
     const LocalRank& me = p.locals[blockIdx.y];
     const bool silent = has_fault(me);  // why the same in all CTAs: only receivers claim a fault
+    const uint64_t members = *me.members;
     const int chunks = row_chunks(p);
     // why packed rows, not received tokens: a CTA that does not arrive may start after the flag is
     // out, when a peer may already write recv_tokens of the next step; this count is local
@@ -80,7 +81,7 @@ void moe_combine_send(const __grid_constant__ moe::StepParams p) {
 
     if (!silent) {
         const Symmetric mine = symmetric_of(p, me.rank);
-        number_received_tokens(first, mine);
+        number_received_tokens(first, mine, members);
         const int64_t items = static_cast<int64_t>(first[p.num_ranks]) * chunks;
         ReceivedTokens received{first};
         for (int64_t item = blockIdx.x; item < items; item += arriving) {
@@ -92,8 +93,9 @@ void moe_combine_send(const __grid_constant__ moe::StepParams p) {
         }
     }
 
-    if (arrive_is_last(me.arrivals + kCombineSent, arriving) && threadIdx.x < p.num_ranks) {
+    if (arrive_is_last(me.arrivals + kCombineSent, arriving) && threadIdx.x < p.num_ranks &&
+        is_member(members, threadIdx.x)) {
         const Symmetric to = symmetric_of(p, threadIdx.x);
-        ptx::store_release_sys(to.combine_flags() + me.rank, silent ? kAbortEpoch : *me.epoch);
+        signal_peer(p, me, to.combine_flags() + me.rank, threadIdx.x, silent);
     }
 }

@@ -4,7 +4,8 @@
 // One CTA per local expert, striding. A thread looks at one received token at a time: all K ids of
 // its header at once, so an expert named twice by a token gives one row, which both mentions share.
 // why two kernels: an expert's first row needs the counts of all experts before it.
-// Reads recv_tokens, recv_ids. Writes expert_counts; expert_offsets, expert_rows, packed_row_of.
+// Reads recv_tokens, recv_ids. Writes expert_counts; expert_offsets, expert_rows, packed_row_of,
+// received, and the rows of each source in peer_totals.
 #include "../comm/signal.cuh"
 #include "../layout/recv_buffer.cuh"
 
@@ -48,6 +49,36 @@ __device__ __forceinline__ int cta_sum(int value, int32_t* warp_sums) {
     return sum;
 }
 
+// The rows of each source, for PeerStats: CTA c looks at sources c, c + gridDim.x, ..
+__device__ __forceinline__ void count_source_rows(const LocalRank& me, const Symmetric& mine,
+                                                  const int32_t* first, int32_t* sum) {
+    const int top_k = mine.p.top_k;
+    for (int source = blockIdx.x; source < mine.p.num_ranks; source += gridDim.x) {
+        if (threadIdx.x == 0) {
+            *sum = 0;
+        }
+        __syncthreads();
+        int rows = 0;
+        for (int token = threadIdx.x; token < first[source + 1] - first[source]; token += kIndexThreads) {
+            const int32_t* ids = mine.recv_ids(mine.slot(source, token));
+            bool any = false;
+            for (int k = 0; k < top_k; k++) {
+                any |= static_cast<uint32_t>(ids[k]) < static_cast<uint32_t>(me.local_experts);
+            }
+            rows += any;
+        }
+        rows = __reduce_add_sync(0xffffffffu, rows);
+        if (threadIdx.x % 32 == 0) {
+            atomicAdd(sum, rows);
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            me.peer_totals[source * kPeerWords + kPeerRows] = *sum;
+        }
+        __syncthreads();
+    }
+}
+
 }  // namespace moe
 
 extern "C" __global__ __launch_bounds__(moe::kIndexThreads)
@@ -57,11 +88,12 @@ void moe_dispatch_recv(const __grid_constant__ moe::StepParams p) {
     __shared__ int32_t warp_sums[kIndexWarps];
     const LocalRank& me = p.locals[blockIdx.y];
     const Symmetric mine = symmetric_of(p, me.rank);
-    if (!wait_for_all_peers(mine.dispatch_flags(), *me.epoch, p, me, kOpDispatchRecv)) {
+    if (!wait_for_all_peers(mine.dispatch_flags(), me.epoch[kThisStep], p, me, kOpDispatchRecv,
+                            kPeerWaited)) {
         return;  // moe_dispatch_index sees the fault and leaves no work to the experts
     }
 
-    number_received_tokens(first, mine);
+    number_received_tokens(first, mine, *me.members);
     const int tokens = first[p.num_ranks];
     for (int expert = blockIdx.x; expert < p.experts_per_rank; expert += gridDim.x) {
         ReceivedTokens received{first};
@@ -82,6 +114,7 @@ void moe_dispatch_index(const __grid_constant__ moe::StepParams p) {
     using namespace moe;
     __shared__ int32_t first[kMaxRanks + 1];
     __shared__ int32_t warp_sums[kIndexWarps];
+    __shared__ int32_t by_source[kMaxRanks];
     const LocalRank& me = p.locals[blockIdx.y];
     const Symmetric mine = symmetric_of(p, me.rank);
     const int warp = threadIdx.x / 32;
@@ -99,7 +132,7 @@ void moe_dispatch_index(const __grid_constant__ moe::StepParams p) {
         return;
     }
 
-    number_received_tokens(first, mine);
+    number_received_tokens(first, mine, *me.members);
     const int tokens = first[p.num_ranks];
     for (int expert = blockIdx.x; expert < p.experts_per_rank; expert += gridDim.x) {
         // The rows of all experts before this one
@@ -119,6 +152,10 @@ void moe_dispatch_index(const __grid_constant__ moe::StepParams p) {
         // Rows in slot order: 256 tokens at a time, numbered by ballots
         ReceivedTokens received{first};
         int row = offset;
+        for (int source = threadIdx.x; source < p.num_ranks; source += kIndexThreads) {
+            by_source[source] = 0;
+        }
+        __syncthreads();
         for (int base = 0; base < tokens && row < offset + count; base += kIndexThreads) {
             const int i = base + threadIdx.x;
             int64_t slot = 0;
@@ -141,11 +178,18 @@ void moe_dispatch_index(const __grid_constant__ moe::StepParams p) {
             }
             __syncthreads();
             if (named != 0) {
+                atomicAdd(by_source + received.source, 1);
                 me.expert_rows[mine_row] = static_cast<int32_t>(slot);
                 for (uint32_t left = named; left != 0; left &= left - 1) {
                     me.packed_row_of[slot * p.top_k + __ffs(left) - 1] = mine_row;
                 }
             }
         }
+        __syncthreads();
+        for (int source = threadIdx.x; source < p.num_ranks; source += kIndexThreads) {
+            me.received[source * p.experts_per_rank + expert] = by_source[source];
+        }
+        __syncthreads();
     }
+    count_source_rows(me, mine, first, by_source);
 }

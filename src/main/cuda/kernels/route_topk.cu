@@ -3,8 +3,10 @@
 // One warp per token. Selection runs in float64 on the ranking of RoutingRule.java: K passes, each
 // the best expert not yet taken, ties to the lowest id, NaN below every number. CTA 0 of a rank also
 // takes the snapshot of T and advances the epoch.
-// Reads token_count, topk_ids and topk_weights or router_logits or logits. Writes home_tokens,
+// A rank that is no member gets no rows: its bit is left out of home_mask, and the row is counted.
+// Reads token_count, members, topk_ids and topk_weights or router_logits or logits. Writes home_tokens,
 // home_ids, home_weights, home_mask, epoch, totals.
+#include "../comm/signal.cuh"
 #include "../common/math.cuh"
 #include "../layout/recv_buffer.cuh"
 
@@ -15,7 +17,13 @@ constexpr int kTopKWarps = kTopKThreads / 32;
 constexpr int kCachedRankings = 512;  // experts past these are ranked anew in every pass
 constexpr int kMaxGroups = 1024;
 
-enum TotalWord { kTotalSteps = 0, kTotalDropped = 1, kTotalDuplicates = 2, kTotalOverCapacity = 3 };
+enum TotalWord {
+    kTotalSteps = 0,
+    kTotalDropped = 1,
+    kTotalDuplicates = 2,
+    kTotalOverCapacity = 3,
+    kTotalLostRows = 4
+};
 
 struct Ranked {
     double value;
@@ -219,12 +227,14 @@ void moe_route_topk(const __grid_constant__ moe::StepParams p) {
     const int num_tokens = clamp_tokens(asked, p.max_tokens);
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         *me.home_tokens = num_tokens;
-        *me.epoch += 1;
+        me.epoch[kThisStep] = me.epoch[kLastStep] + 1;
         add_total(me, kTotalOverCapacity, asked > p.max_tokens ? asked - p.max_tokens : 0);
     }
 
+    const uint64_t members = *me.members;
     uint32_t dropped = 0;
     uint32_t duplicates = 0;
+    uint32_t lost = 0;
     for (int64_t token = blockIdx.x * kTopKWarps + warp; token < num_tokens;
          token += static_cast<int64_t>(gridDim.x) * kTopKWarps) {
         // Lane k holds the k-th choice
@@ -262,7 +272,9 @@ void moe_route_topk(const __grid_constant__ moe::StepParams p) {
             me.home_weights[at] = weight;
         }
         if (lane == 0) {
-            me.home_mask[token] = static_cast<uint64_t>(high) << 32 | low;
+            const uint64_t mask = static_cast<uint64_t>(high) << 32 | low;
+            me.home_mask[token] = mask & members;
+            lost += __popcll(mask & ~members);
         }
         __syncwarp();  // why: the next token reuses the warp's shared memory
     }
@@ -271,5 +283,6 @@ void moe_route_topk(const __grid_constant__ moe::StepParams p) {
     if (lane == 0) {
         add_total(me, kTotalDropped, dropped);
         add_total(me, kTotalDuplicates, duplicates);
+        add_total(me, kTotalLostRows, lost);
     }
 }

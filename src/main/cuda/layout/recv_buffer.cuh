@@ -20,6 +20,9 @@ struct Symmetric {
     __device__ uint64_t* combine_flags() const {
         return reinterpret_cast<uint64_t*>(base + p.off_combine_flags);
     }
+    __device__ uint64_t* abort_words() const {
+        return reinterpret_cast<uint64_t*>(base + p.off_abort_words);
+    }
     __device__ int32_t* recv_tokens() const {
         return reinterpret_cast<int32_t*>(base + p.off_recv_tokens);
     }
@@ -45,6 +48,11 @@ __device__ __forceinline__ Symmetric symmetric_of(const StepParams& p, int rank)
     return Symmetric{p.ranks[rank].symmetric, p};
 }
 
+// Ranks that take part. A rank that does not is neither written to nor waited for, read or counted.
+__device__ __forceinline__ bool is_member(uint64_t members, int rank) {
+    return (members >> rank & 1) != 0;
+}
+
 __device__ __forceinline__ int clamp_tokens(int tokens, int max_tokens) {
     return tokens < 0 ? 0 : (tokens > max_tokens ? max_tokens : tokens);
 }
@@ -64,7 +72,8 @@ struct ReceivedTokens {
 };
 
 // first[s] = number of the first token of source s; first[R] = all. Ends with a barrier.
-__device__ __forceinline__ void number_received_tokens(int32_t* first, const Symmetric& mine) {
+__device__ __forceinline__ void number_received_tokens(int32_t* first, const Symmetric& mine,
+                                                       uint64_t members) {
     if (threadIdx.x == 0) {
         first[0] = 0;
     }
@@ -72,7 +81,7 @@ __device__ __forceinline__ void number_received_tokens(int32_t* first, const Sym
     if (threadIdx.x < ranks) {
         int sum = 0;
         for (int s = 0; s <= static_cast<int>(threadIdx.x); s++) {
-            sum += clamp_tokens(mine.recv_tokens()[s], mine.p.max_tokens);
+            sum += is_member(members, s) ? clamp_tokens(mine.recv_tokens()[s], mine.p.max_tokens) : 0;
         }
         first[threadIdx.x + 1] = sum;
     }

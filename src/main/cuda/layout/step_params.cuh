@@ -9,11 +9,16 @@
 //
 //   dispatch_flags  u64 [R]        epoch of the newest rows of source rank s
 //   combine_flags   u64 [R]        epoch of the newest results of expert rank r
+//   abort_words     u64 [R]        1 + the newest generation in which rank s had a fault
 //   recv_tokens     i32 [R]        T of source rank s in that epoch
 //   recv_ids        i32 [R][M][K]  local expert ids, -1: not on this rank
 //   recv_weights    f32 [R][M][K]
 //   recv_rows      bf16 [R][M][Hp] slot = s*M + token; written only if the token has an expert here
 //   combine_rows   bf16 [R][M][Hp] at the home rank: row of (expert rank r, token)
+//   dispatch_lines, combine_lines  only where the epoch travels in the data: see comm/lines.cuh
+//
+// An epoch is generation << 48 | step. Steps count from 1 in each generation, and the host begins a
+// new generation when it recovers the group from a fault. Flags hold epochs; they only grow.
 //
 // Packed weights, bf16: tiles of 128 rows (outputs) x 64 columns (inputs), 16 KiB each, in the order
 // [expert][row tile][column block]; pad rows and columns are zero. Within a tile row r is 128 bytes at
@@ -35,11 +40,15 @@ constexpr int kTileCols = 64;
 constexpr int kTileBytes = kTileRows * kTileCols * 2;
 constexpr int kMaxTopK = 32;
 constexpr int kMaxRanks = 64;
+constexpr int kGenerationShift = 48;
 
 enum DType : int32_t { kF32 = 0, kF16 = 1, kBF16 = 2 };
 enum RoutingInput : int32_t { kTopK = 0, kLogits = 1, kHidden = 2 };
 enum Scoring : int32_t { kSoftmax = 0, kTopKSoftmax = 1, kSigmoid = 2 };
 enum ActivationKind : int32_t { kSwiGlu = 0, kClampedSwiGlu = 1 };
+
+// How rows travel: as rows with a flag behind them, or in lines that hold the epoch themselves.
+enum Wire : int32_t { kRows = 0, kLines = 1 };
 
 // Hard faults; soft ones are only counted. Values are part of the Java API.
 enum FaultCode : uint32_t { kNoFault = 0, kTimeout = 1, kEpochMismatch = 2, kPeerAbort = 3, kInternal = 4 };
@@ -67,9 +76,21 @@ struct alignas(64) SoftCounters {
     uint64_t dropped_ids;
     uint64_t duplicate_ids;
     uint64_t over_capacity_tokens;
-    uint64_t reserved[4];
+    uint64_t lost_rows;     // not sent, because their rank is no member
+    uint64_t reserved[3];
 };
 static_assert(sizeof(SoftCounters) == 64, "one cache line");
+
+// What a local rank received from, and how long it waited for, each rank of the group: [R] per local
+// rank, in pinned, device-mapped host memory. Plain stores, of the last step that was valid.
+struct alignas(64) PeerStats {
+    uint64_t rows_received;
+    uint64_t waited_ns;          // for its rows
+    uint64_t waited_ns_combine;  // for its results
+    uint64_t waited_total_ns;    // all steps, both
+    uint64_t reserved[4];
+};
+static_assert(sizeof(PeerStats) == 64, "one cache line");
 
 // One per rank of the group: its symmetric region as this GPU addresses it.
 struct RankView {
@@ -105,10 +126,11 @@ struct LocalRank {
     __nv_bfloat16* shared_activated;  // [M][Sp] or null
     __nv_bfloat16* shared_out;    // [M][Hp] or null
 
-    uint64_t* epoch;              // [1] device; route increments it
+    uint64_t* epoch;              // [2] device: this step's; that of the last step that ended, which
+                                  // the next one continues. Recovery sets both to generation << 48
     uint32_t* arrivals;           // [8] counters of finished CTAs, always zero between kernels;
                                   // [7]: 1 once the error record is claimed (comm/signal.cuh)
-    uint64_t* totals;             // [4] device totals behind SoftCounters, same order
+    uint64_t* totals;             // [8] device totals behind SoftCounters, same order
     ErrorRecord* error;           // pinned
     SoftCounters* counters;       // pinned
 
@@ -119,6 +141,11 @@ struct LocalRank {
 
     uint32_t* work;               // [8] WorkWord counters of the wgmma kernels, zero between kernels
     uint32_t* expert_done;        // [L] finished gate_up items, zero between kernels
+
+    uint64_t* members;            // [1] device; bit r: rank r takes part. The host writes it between steps
+    PeerStats* stats;             // [R] pinned
+    uint64_t* peer_totals;        // [R][4] device totals behind PeerStats, same order
+    int32_t* received;            // [R][L] rows of each source and local expert in this step
 };
 
 // Words of LocalRank::work.
@@ -156,16 +183,20 @@ struct StepParams {
     int32_t activation;           // ActivationKind
     float alpha;
     float limit;
-    int32_t pad0;
+    int32_t wire;                 // Wire
     uint64_t timeout_ns;          // bound of every wait
+    uint64_t first_timeout_ns;    // the same in the first step of a generation
 
     uint64_t off_dispatch_flags;  // offsets into the symmetric region, bytes
     uint64_t off_combine_flags;
+    uint64_t off_abort_words;
     uint64_t off_recv_tokens;
     uint64_t off_recv_ids;
     uint64_t off_recv_weights;
     uint64_t off_recv_rows;
     uint64_t off_combine_rows;
+    uint64_t off_dispatch_lines;  // 0: the wire has none
+    uint64_t off_combine_lines;
 
     const RankView* ranks;        // [R]
     const LocalRank* locals;      // [num_local_ranks]

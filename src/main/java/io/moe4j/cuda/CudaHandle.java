@@ -29,6 +29,7 @@ final class CudaHandle implements AutoCloseable {
     private final DeviceLayout layout;
     private final Context context;
     private final int firstLocalRank;
+    private final int ranks;
     private final long[] symmetric;
     private final long[] workspace;
     private final Deque<AutoCloseable> owned = new ArrayDeque<>();
@@ -50,17 +51,18 @@ final class CudaHandle implements AutoCloseable {
         this.layout = layout;
         this.context = context;
         this.firstLocalRank = config.firstLocalRank();
+        this.ranks = config.ranks();
         this.symmetric = new long[config.localRanks()];
         this.workspace = new long[config.localRanks()];
         try {
-            allocate(config.ranks(), regions);
+            allocate(regions);
         } catch (RuntimeException | Error e) {
             closeAll(e);
             throw e;
         }
     }
 
-    private void allocate(int ranks, LongSupplier regions) {
+    private void allocate(LongSupplier regions) {
         for (int local = 0; local < symmetric.length; local++) {
             symmetric[local] =
                     regions != null
@@ -70,12 +72,17 @@ final class CudaHandle implements AutoCloseable {
         }
         rankViews = own(new DeviceBuffer(context, (long) ranks * DeviceStructs.RANK_VIEW.size()));
         pinned = own(new PinnedBuffer(context, layout.pinned().size()));
-        clear();
+        // why rank 0 alone in a group: the others are not connected yet
+        clear(regions == null ? -1L >>> (Long.SIZE - ranks) : 1L);
         connect(symmetric);
     }
 
-    /** Zeroes everything that steps write; for the time when no step and no peer writes. */
-    void clear() {
+    /**
+     * Zeroes everything that steps write; for the time when no step and no peer writes.
+     *
+     * @param members bit r: rank r takes part in the steps to come
+     */
+    void clear(long members) {
         for (int at = 0; at < pinned.size(); at += 8) {
             pinned.bytes().putLong(at, 0L);
         }
@@ -84,8 +91,19 @@ final class CudaHandle implements AutoCloseable {
                 context.driver().memsetD8(symmetric[local], (byte) 0, layout.symmetricBytes());
                 context.driver().memsetD8(workspace[local], (byte) 0, layout.workspace().size());
             }
+            setMembers(members);
             // why: fills may still be under way, and steps run on other streams
             context.driver().streamSynchronize(0L);
+        }
+    }
+
+    /** Bit r: rank r of the group takes part in the steps of the local ranks. */
+    private void setMembers(long members) {
+        ByteBuffer word = ByteBuffer.allocateDirect(8).order(ByteOrder.nativeOrder());
+        for (int local = 0; local < symmetric.length; local++) {
+            context.driver()
+                    .memcpyHtoD(
+                            workspace(firstLocalRank + local, "members"), word.putLong(0, members));
         }
     }
 
@@ -136,6 +154,26 @@ final class CudaHandle implements AutoCloseable {
     /** Address by which the device writes the rank's counters. */
     long countersAddress(int rank) {
         return pinned.deviceAddress() + countersOffset(rank);
+    }
+
+    /** Address by which the device writes what it knows of each peer of a local rank. */
+    long statsAddress(int rank) {
+        return pinned.deviceAddress() + statsOffset(rank);
+    }
+
+    /** A field of what a local rank knows of a peer. */
+    long peerStat(int rank, int peer, String field) {
+        return (long)
+                LONG.getAcquire(
+                        pinned.bytes(),
+                        statsOffset(rank)
+                                + peer * DeviceStructs.PEER_STATS.size()
+                                + DeviceStructs.PEER_STATS.offset(field));
+    }
+
+    private int statsOffset(int rank) {
+        return (int) layout.pinned().offset("peers")
+                + (rank - firstLocalRank) * ranks * DeviceStructs.PEER_STATS.size();
     }
 
     /** A field of a rank's error record; the code is read first, with acquire. */

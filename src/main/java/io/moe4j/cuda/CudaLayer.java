@@ -230,7 +230,7 @@ final class CudaLayer implements MoeLayer {
                                                     config.firstLocalRank(),
                                                     handle.errorCode(config.firstLocalRank()))));
                 }
-                handle.clear();
+                handle.clear(-1L >>> (Long.SIZE - config.ranks()));
             }
         }
     }
@@ -427,11 +427,15 @@ final class CudaLayer implements MoeLayer {
                         "arrivals",
                         "totals",
                         "work",
-                        "expert_done")) {
+                        "expert_done",
+                        "members",
+                        "peer_totals",
+                        "received")) {
             to.put(buffer, handle.workspace(rank, buffer));
         }
         to.put("error", handle.errorAddress(rank));
         to.put("counters", handle.countersAddress(rank));
+        to.put("stats", handle.statsAddress(rank));
     }
 
     /** A rank's experts are consecutive in the layer's buffers, which hold the local ranks'. */
@@ -490,10 +494,12 @@ final class CudaLayer implements MoeLayer {
         to.put("alpha", config.activation().alpha());
         to.put("limit", config.activation().limit());
         to.put("timeout_ns", config.stepTimeout().toNanos());
+        to.put("first_timeout_ns", config.firstStepTimeout().toNanos());
         for (String buffer :
                 List.of(
                         "dispatch_flags",
                         "combine_flags",
+                        "abort_words",
                         "recv_tokens",
                         "recv_ids",
                         "recv_weights",
@@ -947,6 +953,9 @@ final class CudaLayer implements MoeLayer {
                 List.of(
                         "dispatch_flags",
                         "combine_flags",
+                        "abort_words",
+                        "members",
+                        "peer_totals",
                         "epoch",
                         "arrivals",
                         "totals",

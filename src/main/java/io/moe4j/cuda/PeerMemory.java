@@ -61,7 +61,6 @@ final class PeerMemory implements AutoCloseable {
     private final UUID[] processes;
     private String name = "";
     private long seed;
-    private boolean exported;
     private boolean closed;
 
     /** Address of each handle's region on each rank, as this GPU has it. */
@@ -300,7 +299,6 @@ final class PeerMemory implements AutoCloseable {
 
     /** What others need to reach this rank's regions; from now on they may be written to. */
     byte[] export() {
-        exported = true;
         boolean others = false;
         for (UUID process : processes) {
             others |= !process.equals(PROCESS);
@@ -464,10 +462,11 @@ final class PeerMemory implements AutoCloseable {
             }
         }
         mapped.clear();
+        // why by name: once ranks agree on a layer, any of them may know this one's addresses
         CompletableFuture<Void> through =
-                exported
-                        ? group.announce("closed" + name)
-                        : CompletableFuture.completedFuture(null);
+                name.isEmpty()
+                        ? CompletableFuture.completedFuture(null)
+                        : group.announce("closed" + name);
         through.thenRun(this::freeRegions);
         if (failure.getSuppressed().length > 0) {
             throw failure;

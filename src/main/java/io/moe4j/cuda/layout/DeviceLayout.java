@@ -59,6 +59,7 @@ public final class DeviceLayout {
 
         symmetric.add("dispatch_flags", "R*8", r, 8);
         symmetric.add("combine_flags", "R*8", r, 8);
+        symmetric.add("abort_words", "R*8", r, 8);
         symmetric.add("recv_tokens", "R*4", r, 4);
         symmetric.add("recv_ids", "R*M*K*4", r, m, k, 4);
         symmetric.add("recv_weights", "R*M*K*4", r, m, k, 4);
@@ -79,11 +80,14 @@ public final class DeviceLayout {
         workspace.add("expert_out", "rows*Hp*2", rows, hp, 2);
         workspace.add("shared_activated", "M*Sp*2", shared ? m : 0, sp, 2);
         workspace.add("shared_out", "M*Hp*2", shared ? m : 0, hp, 2);
-        workspace.add("epoch", "8", 8);
+        workspace.add("epoch", "16", 16);
         workspace.add("arrivals", "32", 32);
-        workspace.add("totals", "32", 32);
+        workspace.add("totals", "64", 64);
         workspace.add("work", "32", 32);
         workspace.add("expert_done", "L*4", l, 4);
+        workspace.add("members", "8", 8);
+        workspace.add("peer_totals", "R*32", r, 32);
+        workspace.add("received", "R*L*4", r, l, 4);
 
         long held = config.localExperts();
         String h = config.group() == null ? "E" : "Er";
@@ -100,9 +104,10 @@ public final class DeviceLayout {
         weights.add("shared_gate", "H*4", shared ? shape.hidden() : 0, 4);
 
         long local = config.localRanks();
-        String l64 = config.group() == null ? "R*64" : "64";
-        pinned.add("errors", l64, local, DeviceStructs.ERROR_RECORD.size());
-        pinned.add("counters", l64, local, DeviceStructs.SOFT_COUNTERS.size());
+        String each = config.group() == null ? "R*" : "";
+        pinned.add("errors", each + "64", local, DeviceStructs.ERROR_RECORD.size());
+        pinned.add("counters", each + "64", local, DeviceStructs.SOFT_COUNTERS.size());
+        pinned.add("peers", each + "R*64", local, r, DeviceStructs.PEER_STATS.size());
     }
 
     private void requireWithinLimits() {

@@ -27,6 +27,19 @@ public final class DeviceStructs {
                     "u64 dropped_ids",
                     "u64 duplicate_ids",
                     "u64 over_capacity_tokens",
+                    "u64 lost_rows",
+                    "u64 reserved0",
+                    "u64 reserved1",
+                    "u64 reserved2");
+
+    /** What a local rank received from a rank of the group, and how long it waited for it. */
+    public static final CStruct PEER_STATS =
+            CStruct.of(
+                    "PeerStats",
+                    "u64 rows_received",
+                    "u64 waited_ns",
+                    "u64 waited_ns_combine",
+                    "u64 waited_total_ns",
                     "u64 reserved0",
                     "u64 reserved1",
                     "u64 reserved2",
@@ -73,7 +86,11 @@ public final class DeviceStructs {
                     "ptr bias_gate_up",
                     "ptr bias_down",
                     "ptr work",
-                    "ptr expert_done");
+                    "ptr expert_done",
+                    "ptr members",
+                    "ptr stats",
+                    "ptr peer_totals",
+                    "ptr received");
 
     /** The one parameter of every kernel of a step. */
     public static final CStruct STEP_PARAMS =
@@ -102,15 +119,19 @@ public final class DeviceStructs {
                     "i32 activation",
                     "f32 alpha",
                     "f32 limit",
-                    "i32 pad0",
+                    "i32 wire",
                     "u64 timeout_ns",
+                    "u64 first_timeout_ns",
                     "u64 off_dispatch_flags",
                     "u64 off_combine_flags",
+                    "u64 off_abort_words",
                     "u64 off_recv_tokens",
                     "u64 off_recv_ids",
                     "u64 off_recv_weights",
                     "u64 off_recv_rows",
                     "u64 off_combine_rows",
+                    "u64 off_dispatch_lines",
+                    "u64 off_combine_lines",
                     "ptr ranks",
                     "ptr locals",
                     "ptr router",
@@ -161,6 +182,7 @@ public final class DeviceStructs {
             List.of(
                     ERROR_RECORD,
                     SOFT_COUNTERS,
+                    PEER_STATS,
                     RANK_VIEW,
                     LOCAL_RANK,
                     STEP_PARAMS,
