@@ -1,10 +1,12 @@
 package io.moe4j;
 
+import io.moe4j.ep.Group;
 import io.moe4j.model.Activation;
 import io.moe4j.model.LayerWeights;
 import io.moe4j.model.MoeShape;
 import io.moe4j.model.RoutingRule;
 import io.moe4j.tensor.DType;
+import java.time.Duration;
 import java.util.Locale;
 
 /**
@@ -15,7 +17,7 @@ import java.util.Locale;
  * @param rule routing rule, used unless {@code routingInput} is TOPK
  * @param activation between the expert projections
  * @param expertBias whether the routed experts have biases
- * @param ranks R, expert-parallel ranks; in one process they are virtual ranks
+ * @param ranks R, expert-parallel ranks; virtual ranks on one device unless there is a group
  * @param maxTokensPerRank M, the most tokens one rank may bring to a step
  * @param hiddenDType type of the hidden states: F32, F16 or BF16
  * @param outDType type of the output: {@code hiddenDType} or F32
@@ -29,6 +31,12 @@ import java.util.Locale;
  *     backend ignores it
  * @param expectedRowsPerExpert rows one expert gets in a usual step, for the choice of kernels; 0:
  *     those of a full step that is routed evenly. Results do not depend on it
+ * @param group CUDA: this rank's membership in a group of GPUs, of which the layer is one rank;
+ *     null for virtual ranks on one device
+ * @param device CUDA: number of the GPU; −1: that of the system property {@code moe4j.cuda.device},
+ *     else with a group the rank's number modulo the number of GPUs, else 0
+ * @param stepTimeout bound of every wait for a peer on the device
+ * @param firstStepTimeout that bound in the first step after opening or recovering
  * @param weights where the weights come from; null for planning only
  */
 public record MoeConfig(
@@ -47,9 +55,21 @@ public record MoeConfig(
         int handles,
         long cudaContext,
         int expectedRowsPerExpert,
+        Group group,
+        int device,
+        Duration stepTimeout,
+        Duration firstStepTimeout,
         LayerWeights weights) {
     /** Most ranks in one group. */
     public static final int MAX_RANKS = 64;
+
+    /** Bound of a wait for a peer unless another is set. */
+    public static final Duration STEP_TIMEOUT = Duration.ofSeconds(2);
+
+    /** Bound in the first step, when ranks arrive at different times, unless another is set. */
+    public static final Duration FIRST_STEP_TIMEOUT = Duration.ofSeconds(20);
+
+    private static final Duration LONGEST_TIMEOUT = Duration.ofHours(1);
 
     /**
      * Checks all fields together; the message names field, value and cure.
@@ -69,6 +89,10 @@ public record MoeConfig(
      * @param handles 1 to 16
      * @param cudaContext 0 or a CUcontext
      * @param expectedRowsPerExpert 0 or more
+     * @param group null, or of {@code ranks} ranks
+     * @param device −1 or a number
+     * @param stepTimeout 1 ms to 1 hour
+     * @param firstStepTimeout from {@code stepTimeout} to 1 hour
      * @param weights of the same shape, or null for planning only
      * @throws IllegalArgumentException naming field, value and cure
      */
@@ -115,6 +139,25 @@ public record MoeConfig(
                 "expectedRowsPerExpert="
                         + expectedRowsPerExpert
                         + " is negative: give 0 for those of a full, evenly routed step");
+        require(
+                group == null || group.ranks() == ranks,
+                "ranks="
+                        + ranks
+                        + " but the group has "
+                        + (group == null ? 0 : group.ranks())
+                        + ": leave ranks(...) out, group(...) sets them");
+        require(device >= -1, "device=" + device + " is negative: give a number, or -1");
+        require(
+                stepTimeout.toNanos() >= 1_000_000 && stepTimeout.compareTo(LONGEST_TIMEOUT) <= 0,
+                "stepTimeout=" + stepTimeout + " is outside 1 ms .. 1 h");
+        require(
+                firstStepTimeout.compareTo(stepTimeout) >= 0
+                        && firstStepTimeout.compareTo(LONGEST_TIMEOUT) <= 0,
+                "firstStepTimeout="
+                        + firstStepTimeout
+                        + " is outside stepTimeout="
+                        + stepTimeout
+                        + " .. 1 h");
         if (weights != null) {
             require(
                     weights.shape().equals(shape),
@@ -155,6 +198,10 @@ public record MoeConfig(
         builder.handles = handles;
         builder.cudaContext = cudaContext;
         builder.expectedRowsPerExpert = expectedRowsPerExpert;
+        builder.group = group;
+        builder.device = device;
+        builder.stepTimeout = stepTimeout;
+        builder.firstStepTimeout = firstStepTimeout;
         builder.weights = weights;
         return builder;
     }
@@ -185,6 +232,21 @@ public record MoeConfig(
         return Math.min(shape.experts(), first + expertsPerRank()) - first;
     }
 
+    /** {@return the ranks that live in the layer: one of a group, else all} */
+    public int localRanks() {
+        return group == null ? ranks : 1;
+    }
+
+    /** {@return the number of the layer's first rank: that of the group's member, else 0} */
+    public int firstLocalRank() {
+        return group == null ? 0 : group.rank();
+    }
+
+    /** {@return the experts whose weights the layer holds} */
+    public int localExperts() {
+        return group == null ? shape.experts() : expertsOn(group.rank());
+    }
+
     /** {@return whether a step computes the shared expert} */
     public boolean usesSharedExpert() {
         return sharedExpert && shape.sharedIntermediate() > 0;
@@ -213,6 +275,10 @@ public record MoeConfig(
         private int handles = 1;
         private long cudaContext;
         private int expectedRowsPerExpert;
+        private Group group;
+        private int device = -1;
+        private Duration stepTimeout = STEP_TIMEOUT;
+        private Duration firstStepTimeout;
         private LayerWeights weights;
 
         private Builder() {}
@@ -402,6 +468,66 @@ public record MoeConfig(
         }
 
         /**
+         * CUDA: makes the layer one rank of a group of GPUs, and sets {@code ranks}. It holds the
+         * experts of that rank; {@link MoeLayer#prepare} and {@link MoeLayer#recover} meet the
+         * other ranks.
+         *
+         * @param value this rank's membership, which the caller closes after the layer; null for
+         *     virtual ranks on one device
+         * @return this builder
+         */
+        public Builder group(Group value) {
+            group = value;
+            if (value != null) {
+                ranks = value.ranks();
+            }
+            return this;
+        }
+
+        /**
+         * CUDA: the GPU to use. If not set, that of the system property {@code moe4j.cuda.device};
+         * else with a group the rank's number modulo the number of GPUs; else 0.
+         *
+         * @param value number of the device, or −1
+         * @return this builder
+         */
+        public Builder device(int value) {
+            device = value;
+            return this;
+        }
+
+        /**
+         * Bound of every wait for a peer on the device; {@link MoeConfig#STEP_TIMEOUT} if not set.
+         * It has to be longer than ranks may be apart in a step.
+         *
+         * @param value 1 ms to 1 hour
+         * @return this builder
+         */
+        public Builder stepTimeout(Duration value) {
+            stepTimeout = value;
+            return this;
+        }
+
+        /**
+         * That bound in the first step of a handle after opening or recovering; {@link
+         * MoeConfig#FIRST_STEP_TIMEOUT} if not set, or {@code stepTimeout} if that is longer.
+         *
+         * @param value from {@code stepTimeout} to 1 hour
+         * @return this builder
+         */
+        public Builder firstStepTimeout(Duration value) {
+            firstStepTimeout = value;
+            return this;
+        }
+
+        private Duration firstTimeout() {
+            if (firstStepTimeout != null) {
+                return firstStepTimeout;
+            }
+            return stepTimeout.compareTo(FIRST_STEP_TIMEOUT) > 0 ? stepTimeout : FIRST_STEP_TIMEOUT;
+        }
+
+        /**
          * Validates and returns the configuration.
          *
          * @return the configuration
@@ -424,6 +550,10 @@ public record MoeConfig(
                     handles,
                     cudaContext,
                     expectedRowsPerExpert,
+                    group,
+                    device,
+                    stepTimeout,
+                    firstTimeout(),
                     weights);
         }
     }

@@ -18,6 +18,7 @@ import java.util.List;
  * @param full worst token's error of the layer's output
  * @param tolerance what the three errors may be
  * @param paddingUntouched whether rows past the tokens were left alone
+ * @param equalToVirtual of a group: whether no bit differs from virtual ranks on one GPU
  * @param repeat the command that repeats this case
  */
 public record CaseResult(
@@ -33,6 +34,7 @@ public record CaseResult(
         TokenErrors full,
         double tolerance,
         boolean paddingUntouched,
+        boolean equalToVirtual,
         String repeat) {
     /**
      * Copies the list.
@@ -49,6 +51,7 @@ public record CaseResult(
      * @param full {@link #full()}
      * @param tolerance {@link #tolerance()}
      * @param paddingUntouched {@link #paddingUntouched()}
+     * @param equalToVirtual {@link #equalToVirtual()}
      * @param repeat {@link #repeat()}
      */
     public CaseResult {
@@ -56,8 +59,8 @@ public record CaseResult(
     }
 
     /**
-     * {@return whether routing agrees for every token, all errors are within tolerance and no row
-     * leaks}
+     * {@return whether routing agrees for every token, all errors are within tolerance, no row
+     * leaks and no bit differs from virtual ranks}
      */
     @JsonProperty
     public boolean pass() {
@@ -65,7 +68,8 @@ public record CaseResult(
                 && weightError <= tolerance
                 && routed.max() <= tolerance
                 && full.max() <= tolerance
-                && paddingUntouched;
+                && paddingUntouched
+                && equalToVirtual;
     }
 
     /** {@return the token with the larger of the two output errors} */
@@ -89,7 +93,29 @@ public record CaseResult(
         if (!paddingUntouched) {
             text.append("; rows past the token count were written");
         }
+        if (!equalToVirtual) {
+            text.append("; bits differ from those of virtual ranks on one GPU");
+        }
         return text.isEmpty() ? "" : text.substring(2);
+    }
+
+    /** The same case, compared with virtual ranks as well. */
+    CaseResult against(boolean equal) {
+        return new CaseResult(
+                layer,
+                tokens,
+                ranks,
+                backend,
+                reference,
+                routingAgreeing,
+                routingMismatches,
+                weightError,
+                routed,
+                full,
+                tolerance,
+                paddingUntouched,
+                equal,
+                repeat);
     }
 
     private void appendError(StringBuilder text, String what, double error, int token) {

@@ -2,6 +2,7 @@ package io.moe4j.checker;
 
 import io.moe4j.MoeConfig;
 import io.moe4j.ProgressListener;
+import io.moe4j.ep.Group;
 import io.moe4j.tensor.Bf16;
 import java.util.ArrayList;
 import java.util.Arrays;
@@ -73,6 +74,80 @@ public final class Checker {
         if (config.shape().sharedIntermediate() > 0) {
             full = run(routedOnly.toBuilder().sharedExpert(true).build(), cases, progress);
         }
+        return results(config, cases, ranks, repeat, routed, full);
+    }
+
+    /**
+     * Runs the cases of one layer on the GPUs of a group, and again with virtual ranks on one GPU,
+     * from which they may not differ in a bit. All ranks of the group call it, each on a thread or
+     * in a process of its own; only rank 0 compares.
+     *
+     * @param config the layer, with weights; backend, group and M are set here
+     * @param cases at least one, all of that layer, the same on all ranks
+     * @param group this rank's membership
+     * @param repeat gives the command that repeats a case
+     * @param progress hears about weights being packed
+     * @return one result per case, in order, on rank 0; none on the others
+     */
+    public List<CaseResult> checkGroup(
+            MoeConfig config,
+            List<ReferenceCase> cases,
+            Group group,
+            RepeatCommand repeat,
+            ProgressListener progress) {
+        int mostTokens = cases.stream().mapToInt(ReferenceCase::tokens).max().orElseThrow();
+        int ranks = group.ranks();
+        MoeConfig virtual =
+                config.toBuilder()
+                        .backend("cuda")
+                        .ranks(ranks)
+                        .maxTokensPerRank(LayerHarness.maxTokensPerRank(mostTokens, ranks))
+                        .sharedExpert(false)
+                        .build();
+        List<Run> inGroup = new ArrayList<>();
+        List<Run> onOne = new ArrayList<>();
+        for (boolean shared : new boolean[] {false, true}) {
+            if (shared && config.shape().sharedIntermediate() == 0) {
+                continue;
+            }
+            MoeConfig one = virtual.toBuilder().sharedExpert(shared).build();
+            inGroup.add(GroupRun.run(one.toBuilder().group(group).build(), cases, progress));
+            if (group.rank() == 0) {
+                onOne.add(run(one, cases, progress));
+            }
+        }
+        if (group.rank() != 0) {
+            return List.of();
+        }
+        List<CaseResult> results = new ArrayList<>();
+        List<CaseResult> plain =
+                results(
+                        config,
+                        cases,
+                        ranks,
+                        repeat,
+                        inGroup.get(0),
+                        inGroup.get(inGroup.size() - 1));
+        for (int i = 0; i < plain.size(); i++) {
+            boolean equal = true;
+            for (int run = 0; run < inGroup.size(); run++) {
+                equal &=
+                        Arrays.equals(
+                                inGroup.get(run).outputs().get(i).out(),
+                                onOne.get(run).outputs().get(i).out());
+            }
+            results.add(plain.get(i).against(equal));
+        }
+        return results;
+    }
+
+    private List<CaseResult> results(
+            MoeConfig config,
+            List<ReferenceCase> cases,
+            int ranks,
+            RepeatCommand repeat,
+            Run routed,
+            Run full) {
         Float64Oracle oracle = Float64Oracle.of(config);
         List<CaseResult> results = new ArrayList<>();
         for (int i = 0; i < cases.size(); i++) {
@@ -95,6 +170,7 @@ public final class Checker {
                             errors(fullOutput, reference.full(), reference),
                             toleranceOf(full.backend()),
                             routedOutput.paddingUntouched() && fullOutput.paddingUntouched(),
+                            true,
                             repeat.of(reference, ranks, full.backend())));
         }
         return results;
@@ -209,5 +285,5 @@ public final class Checker {
     }
 
     /** The outputs of all cases, in order, and the backend that made them. */
-    private record Run(String backend, List<LayerHarness.Output> outputs) {}
+    record Run(String backend, List<LayerHarness.Output> outputs) {}
 }

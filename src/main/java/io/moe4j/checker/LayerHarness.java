@@ -17,8 +17,9 @@ import java.util.List;
 /**
  * Runs a layer on host data through the public API, the way an engine would: tensors are bound
  * once, every step only changes their contents. Tokens are spread over the ranks as evenly as
- * possible, in order; with fewer tokens than ranks the last ranks have none. Rows no token uses
- * hold NaN before each step, so that reading or writing them shows. Owns the layer; one thread.
+ * possible, in order; with fewer tokens than ranks the last ranks have none. Of a group's layer
+ * only the tokens of its own rank are loaded and collected. Rows no token uses hold NaN before each
+ * step, so that reading or writing them shows. Owns the layer; one thread.
  */
 public final class LayerHarness implements AutoCloseable {
     private final MoeLayer layer;
@@ -37,7 +38,7 @@ public final class LayerHarness implements AutoCloseable {
 
     private LayerHarness(MoeLayer layer) {
         this.layer = layer;
-        for (int rank = 0; rank < layer.config().ranks(); rank++) {
+        for (int rank = 0; rank < layer.config().localRanks(); rank++) {
             ranks.add(allocate(layer));
         }
         this.step = layer.bind(ranks);
@@ -116,8 +117,10 @@ public final class LayerHarness implements AutoCloseable {
     public void load(float[] hidden, int tokens) {
         MoeConfig config = layer.config();
         int h = config.shape().hidden();
-        counts = spread(tokens, config.ranks());
-        int from = 0;
+        int[] all = spread(tokens, config.ranks());
+        int first = config.firstLocalRank();
+        counts = Arrays.copyOfRange(all, first, first + config.localRanks());
+        int from = Arrays.stream(all, 0, first).sum();
         for (int rank = 0; rank < counts.length; rank++) {
             StepTensors tensors = ranks.get(rank);
             Tensor input = nan(config.hiddenDType(), config);
@@ -139,7 +142,7 @@ public final class LayerHarness implements AutoCloseable {
     /**
      * Copies the result of the last step to the host.
      *
-     * @return output and routing of all ranks, in the order of the tokens
+     * @return output and routing of the layer's ranks, in the order of the tokens
      */
     public Output collect() {
         MoeConfig config = layer.config();

@@ -2,6 +2,7 @@ package io.moe4j.cli;
 
 import java.io.PrintWriter;
 import java.util.concurrent.Callable;
+import picocli.CommandLine;
 import picocli.CommandLine.Model.CommandSpec;
 import picocli.CommandLine.Spec;
 
@@ -12,6 +13,11 @@ abstract class BaseCommand implements Callable<Integer> {
     /** Where results go. */
     PrintWriter out() {
         return spec.commandLine().getOut();
+    }
+
+    /** The command line it is part of, with its arguments. */
+    CommandLine commandLine() {
+        return spec.commandLine();
     }
 
     /** How the tool was called, for commands that repeat something. */

@@ -9,10 +9,12 @@ import io.moe4j.checker.Checker;
 import io.moe4j.checker.Float64Oracle;
 import io.moe4j.checker.GoldenFile;
 import io.moe4j.checker.ReferenceCase;
+import io.moe4j.ep.Group;
 import io.moe4j.weights.Checkpoint;
 import java.nio.file.Files;
 import java.nio.file.Path;
 import java.util.ArrayList;
+import java.util.Collections;
 import java.util.List;
 import java.util.Map;
 import java.util.OptionalDouble;
@@ -120,18 +122,55 @@ final class CheckCommand extends BaseCommand {
             })
     private boolean hostSync;
 
+    @Option(
+            names = "--gpus",
+            paramLabel = "N",
+            description = {
+                "Run on N GPUs, a rank on each, instead of --ranks; also compares every bit with"
+                        + " N virtual ranks on one GPU."
+            })
+    private Integer gpus;
+
+    @Option(
+            names = "--processes",
+            description = "With --gpus: a process for each rank instead of a thread.")
+    private boolean processes;
+
+    @Option(
+            names = "--rank",
+            paramLabel = "R",
+            description = {
+                "With --gpus: be rank R only, and meet the other processes in --group. Rank 0"
+                        + " prints."
+            })
+    private Integer rank;
+
+    @Option(
+            names = "--group",
+            paramLabel = "DIR",
+            description = "With --rank: directory of mode 700 in which the processes meet.")
+    private Path groupFolder;
+
     @Option(names = "--json", description = "Print JSON.")
     private boolean json;
 
     @Override
     public Integer call() {
         requireUsable();
+        if (gpus != null && processes && rank == null) {
+            return RankProcesses.run(gpus, commandLine());
+        }
         Moe.Choice choice = Moe.choose(backend.toString());
         try (Checkpoint checkpoint = Checkpoint.open(LayerSource.folder(folder))) {
             Map<Integer, List<ReferenceCase>> cases =
                     usesGolden() ? goldenCases(checkpoint) : oracleCases(checkpoint);
-            List<DebugRun.Case> debugged = debug(checkpoint, cases);
-            CheckReport report = run(checkpoint, cases);
+            if (rank != null && rank != 0) {
+                inGroup(checkpoint, cases); // why silent: rank 0 has all results
+                return ExitCodes.OK;
+            }
+            List<DebugRun.Case> debugged =
+                    gpus == null ? debug(checkpoint, cases) : new ArrayList<>();
+            CheckReport report = gpus == null ? run(checkpoint, cases) : inGroup(checkpoint, cases);
             if (json) {
                 out().println(DebugRun.addTo(report.toJson(), debugged));
             } else {
@@ -153,6 +192,15 @@ final class CheckCommand extends BaseCommand {
         }
         if (tokens != null && tokens < 1) {
             throw new IllegalArgumentException("--tokens=" + tokens + " is not positive");
+        }
+        boolean inGroup = gpus != null;
+        if (!inGroup && (processes || rank != null) || (rank == null) != (groupFolder == null)) {
+            throw new IllegalArgumentException(
+                    "--processes and --rank need --gpus, and --rank and --group each other");
+        }
+        if (inGroup && (debugSync || hostSync || backend == BackendName.CPU)) {
+            throw new IllegalArgumentException(
+                    "--gpus excludes --debug-sync, --host-sync and --backend cpu");
         }
         if (tolerance != null && !(tolerance >= 0)) {
             throw new IllegalArgumentException("--tolerance=" + tolerance + " is not 0 or more");
@@ -265,6 +313,43 @@ final class CheckCommand extends BaseCommand {
         return new CheckReport(folder.toString(), results);
     }
 
+    private CheckReport inGroup(Checkpoint checkpoint, Map<Integer, List<ReferenceCase>> cases) {
+        List<Group> groups =
+                rank == null
+                        ? Group.inProcess(gpus)
+                        : List.of(Group.join(groupFolder, rank, gpus, Group.DEFAULT_LIMIT));
+        List<CaseResult> results = Collections.synchronizedList(new ArrayList<>());
+        Checker checker =
+                new Checker(
+                        tolerance == null ? OptionalDouble.empty() : OptionalDouble.of(tolerance));
+        try (ConsoleProgress progress = new ConsoleProgress("checking")) {
+            Group.together(
+                    groups,
+                    group -> {
+                        // why: a rank that fails leaves, so that the others need not wait for it
+                        try (group) {
+                            int part = 0;
+                            for (Map.Entry<Integer, List<ReferenceCase>> entry : cases.entrySet()) {
+                                MoeConfig config =
+                                        checkpoint.layer(entry.getKey()).config().build();
+                                ProgressListener packing =
+                                        group.rank() == 0
+                                                ? progress.part(part++, cases.size())
+                                                : ProgressListener.NONE;
+                                results.addAll(
+                                        checker.checkGroup(
+                                                config,
+                                                entry.getValue(),
+                                                group,
+                                                this::repeat,
+                                                packing));
+                            }
+                        }
+                    });
+        }
+        return new CheckReport(folder.toString(), results);
+    }
+
     private String repeat(ReferenceCase reference, int count, String backendName) {
         StringBuilder command = new StringBuilder();
         command.append(LayerSource.shellQuote(toolName())).append(" check --checkpoint ");
@@ -275,7 +360,10 @@ final class CheckCommand extends BaseCommand {
             command.append(" --oracle --seed ").append(seed);
         }
         command.append(" --layer ").append(reference.layer());
-        command.append(" --ranks ").append(count);
+        command.append(gpus == null ? " --ranks " : " --gpus ").append(count);
+        if (gpus != null && rank != null) {
+            command.append(" --processes");
+        }
         command.append(" --tokens ").append(reference.tokens());
         command.append(" --backend ").append(backendName);
         if (tolerance != null) {

@@ -36,11 +36,23 @@ public final class CpuBackendProvider implements BackendProvider {
 
     @Override
     public MemoryPlan plan(MoeConfig config) {
+        requireNoGroup(config);
         return CpuMemoryPlan.of(config);
     }
 
     @Override
     public MoeLayer open(MoeConfig config, String reason) {
+        requireNoGroup(config);
         return new CpuLayer(config, reason);
+    }
+
+    private static void requireNoGroup(MoeConfig config) {
+        if (config.group() != null) {
+            throw new IllegalArgumentException(
+                    "the CPU backend runs all ranks in one process: leave group(...) out and set"
+                            + " ranks("
+                            + config.ranks()
+                            + "), or use backend cuda");
+        }
     }
 }

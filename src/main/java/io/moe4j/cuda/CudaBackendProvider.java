@@ -29,6 +29,8 @@ import java.util.Optional;
  * work on the host is shown to a profiler as NVTX ranges.
  */
 public final class CudaBackendProvider implements BackendProvider {
+    private static final String DEVICE = "moe4j.cuda.device";
+
     /** For {@link java.util.ServiceLoader}; loads no native code. */
     public CudaBackendProvider() {}
 
@@ -143,7 +145,7 @@ public final class CudaBackendProvider implements BackendProvider {
     static CudaLayer open(Driver driver, KernelCatalog catalog, MoeConfig config, String reason) {
         Context context =
                 config.cudaContext() == 0
-                        ? new Context(driver, device())
+                        ? new Context(driver, device(driver, config))
                         : Context.ofEngine(driver, config.cudaContext());
         try {
             return new CudaLayer(config, reason, context, catalog);
@@ -154,12 +156,23 @@ public final class CudaBackendProvider implements BackendProvider {
     }
 
     private static int device(Driver driver, MoeConfig config) {
-        return config.cudaContext() == 0
-                ? device()
-                : Context.ofEngine(driver, config.cudaContext()).device();
+        if (config.cudaContext() != 0) {
+            return Context.ofEngine(driver, config.cudaContext()).device();
+        }
+        int devices = driver.deviceCount();
+        int device = config.device();
+        if (device < 0 && config.group() != null && System.getProperty(DEVICE) == null) {
+            return config.group().rank() % Math.max(1, devices);
+        }
+        device = device < 0 ? device() : device;
+        if (device >= devices) {
+            throw new IllegalArgumentException(
+                    "device=" + device + " but there are " + devices + " GPUs, numbered from 0");
+        }
+        return device;
     }
 
     private static int device() {
-        return Integer.getInteger("moe4j.cuda.device", 0);
+        return Integer.getInteger(DEVICE, 0);
     }
 }

@@ -1,5 +1,6 @@
 package io.moe4j.cuda;
 
+import io.moe4j.MoeConfig;
 import io.moe4j.Phase;
 import io.moe4j.cuda.driver.Context;
 import io.moe4j.cuda.driver.DeviceBuffer;
@@ -13,6 +14,7 @@ import java.nio.ByteBuffer;
 import java.nio.ByteOrder;
 import java.util.ArrayDeque;
 import java.util.Deque;
+import java.util.function.LongSupplier;
 
 /**
  * The buffers, flags and epochs of one step in flight: per rank a symmetric region and a workspace,
@@ -25,8 +27,11 @@ final class CudaHandle implements AutoCloseable {
             MethodHandles.byteBufferViewVarHandle(long[].class, ByteOrder.LITTLE_ENDIAN);
 
     private final DeviceLayout layout;
-    private final DeviceBuffer[] symmetric;
-    private final DeviceBuffer[] workspace;
+    private final Context context;
+    private final int firstLocalRank;
+    private final int ranks;
+    private final long[] symmetric;
+    private final long[] workspace;
     private final Deque<AutoCloseable> owned = new ArrayDeque<>();
     private DeviceBuffer rankViews;
     private PinnedBuffer pinned;
@@ -36,56 +41,85 @@ final class CudaHandle implements AutoCloseable {
 
     CudaStep stepInFlight;
 
-    /** Allocates and zeroes everything; frees what it got if a part fails. */
-    CudaHandle(Context context, DeviceLayout layout, int ranks) {
+    /**
+     * Allocates and zeroes everything; frees what it got if a part fails.
+     *
+     * @param regions gives the memory of a symmetric region that others keep; null: the handle has
+     *     it itself
+     */
+    CudaHandle(Context context, DeviceLayout layout, MoeConfig config, LongSupplier regions) {
         this.layout = layout;
-        this.symmetric = new DeviceBuffer[ranks];
-        this.workspace = new DeviceBuffer[ranks];
+        this.context = context;
+        this.firstLocalRank = config.firstLocalRank();
+        this.ranks = config.ranks();
+        this.symmetric = new long[config.localRanks()];
+        this.workspace = new long[config.localRanks()];
         try {
-            allocate(context, ranks);
+            allocate(regions);
         } catch (RuntimeException | Error e) {
             closeAll(e);
             throw e;
         }
     }
 
-    private void allocate(Context context, int ranks) {
-        ByteBuffer views =
-                ByteBuffer.allocateDirect(ranks * DeviceStructs.RANK_VIEW.size())
-                        .order(ByteOrder.nativeOrder());
-        for (int rank = 0; rank < ranks; rank++) {
-            symmetric[rank] = zeroed(context, layout.symmetric().size());
-            workspace[rank] = zeroed(context, layout.workspace().size());
-            views.position(rank * DeviceStructs.RANK_VIEW.size());
-            DeviceStructs.RANK_VIEW.writer(views).put("symmetric", symmetric[rank].address());
-            setMembers(context, rank, -1L >>> (Long.SIZE - ranks));
+    private void allocate(LongSupplier regions) {
+        for (int local = 0; local < symmetric.length; local++) {
+            symmetric[local] =
+                    regions != null
+                            ? regions.getAsLong()
+                            : own(new DeviceBuffer(context, layout.symmetric().size())).address();
+            workspace[local] = own(new DeviceBuffer(context, layout.workspace().size())).address();
         }
-        rankViews = own(new DeviceBuffer(context, views.capacity()));
+        rankViews = own(new DeviceBuffer(context, (long) ranks * DeviceStructs.RANK_VIEW.size()));
         pinned = own(new PinnedBuffer(context, layout.pinned().size()));
+        // why rank 0 alone in a group: the others are not connected yet
+        clear(regions == null ? -1L >>> (Long.SIZE - ranks) : 1L);
+        connect(symmetric);
+    }
+
+    /**
+     * Zeroes everything that steps write; for the time when no step and no peer writes.
+     *
+     * @param members bit r: rank r takes part in the steps to come
+     */
+    void clear(long members) {
         for (int at = 0; at < pinned.size(); at += 8) {
             pinned.bytes().putLong(at, 0L);
         }
         try (Scope scope = context.enter()) {
-            context.driver().memcpyHtoD(rankViews.address(), views.rewind());
-            // why: fills and pageable copies may still be under way, and steps run on other streams
+            for (int local = 0; local < symmetric.length; local++) {
+                context.driver().memsetD8(symmetric[local], (byte) 0, layout.symmetricBytes());
+                context.driver().memsetD8(workspace[local], (byte) 0, layout.workspace().size());
+            }
+            setMembers(members);
+            // why: fills may still be under way, and steps run on other streams
             context.driver().streamSynchronize(0L);
         }
     }
 
-    /** Bit r: rank r of the group takes part in the steps of a local rank. */
-    private void setMembers(Context context, int rank, long members) {
+    /** Bit r: rank r of the group takes part in the steps of the local ranks. */
+    private void setMembers(long members) {
         ByteBuffer word = ByteBuffer.allocateDirect(8).order(ByteOrder.nativeOrder());
-        try (Scope scope = context.enter()) {
-            context.driver().memcpyHtoD(workspace(rank, "members"), word.putLong(0, members));
+        for (int local = 0; local < symmetric.length; local++) {
+            context.driver()
+                    .memcpyHtoD(
+                            workspace(firstLocalRank + local, "members"), word.putLong(0, members));
         }
     }
 
-    private DeviceBuffer zeroed(Context context, long bytes) {
-        DeviceBuffer buffer = own(new DeviceBuffer(context, bytes));
-        try (Scope scope = context.enter()) {
-            context.driver().memsetD8(buffer.address(), (byte) 0, bytes);
+    /** Tells the device where the symmetric regions of the first ranks are. */
+    void connect(long[] regions) {
+        ByteBuffer views =
+                ByteBuffer.allocateDirect(regions.length * DeviceStructs.RANK_VIEW.size())
+                        .order(ByteOrder.nativeOrder());
+        for (int rank = 0; rank < regions.length; rank++) {
+            views.position(rank * DeviceStructs.RANK_VIEW.size());
+            DeviceStructs.RANK_VIEW.writer(views).put("symmetric", regions[rank]);
         }
-        return buffer;
+        try (Scope scope = context.enter()) {
+            context.driver().memcpyHtoD(rankViews.address(), views.rewind());
+            context.driver().streamSynchronize(0L); // why: the copy may still be under way
+        }
     }
 
     private <T extends AutoCloseable> T own(T resource) {
@@ -97,14 +131,19 @@ final class CudaHandle implements AutoCloseable {
         return rankViews.address();
     }
 
+    /** Device address of a local rank's symmetric region. */
+    long region(int rank) {
+        return symmetric[rank - firstLocalRank];
+    }
+
     /** Device address of a workspace buffer; 0 if the layer has none. */
     long workspace(int rank, String name) {
-        return layout.workspace().address(workspace[rank].address(), name);
+        return layout.workspace().address(workspace[rank - firstLocalRank], name);
     }
 
     /** Device address of a buffer in a rank's symmetric region. */
     long symmetric(int rank, String name) {
-        return layout.symmetric().address(symmetric[rank].address(), name);
+        return layout.symmetric().address(symmetric[rank - firstLocalRank], name);
     }
 
     /** Address by which the device writes the rank's error record. */
@@ -134,7 +173,7 @@ final class CudaHandle implements AutoCloseable {
 
     private int statsOffset(int rank) {
         return (int) layout.pinned().offset("peers")
-                + rank * symmetric.length * DeviceStructs.PEER_STATS.size();
+                + (rank - firstLocalRank) * ranks * DeviceStructs.PEER_STATS.size();
     }
 
     /** A field of a rank's error record; the code is read first, with acquire. */
@@ -171,11 +210,13 @@ final class CudaHandle implements AutoCloseable {
     }
 
     int errorOffset(int rank) {
-        return (int) layout.pinned().offset("errors") + rank * DeviceStructs.ERROR_RECORD.size();
+        return (int) layout.pinned().offset("errors")
+                + (rank - firstLocalRank) * DeviceStructs.ERROR_RECORD.size();
     }
 
     int countersOffset(int rank) {
-        return (int) layout.pinned().offset("counters") + rank * DeviceStructs.SOFT_COUNTERS.size();
+        return (int) layout.pinned().offset("counters")
+                + (rank - firstLocalRank) * DeviceStructs.SOFT_COUNTERS.size();
     }
 
     @Override

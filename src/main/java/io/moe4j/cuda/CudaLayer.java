@@ -50,19 +50,14 @@ import java.util.concurrent.locks.ReentrantReadWriteLock;
 import java.util.function.Supplier;
 
 /**
- * A layer over R virtual ranks on one GPU. {@code enqueue} launches a fixed list of kernels with
- * one parameter that was packed at bind: no allocation, no copy, no wait, whatever T and the
- * routing are. Owns weights, handles and kernels; the caller owns the stream and its tensors.
+ * A layer over R virtual ranks on one GPU, or over one rank of a group of GPUs. {@code enqueue}
+ * launches a fixed list of kernels with one parameter that was packed at bind: no allocation, no
+ * copy, no wait, whatever T and the routing are. Owns weights, handles and kernels; the caller owns
+ * the stream and its tensors.
  *
  * <p>Close marks the layer closed at once; memory goes when no graph captured from it is left.
  */
 final class CudaLayer implements MoeLayer {
-    /** Bound of every device wait. Virtual ranks never wait: all sends precede all waits. */
-    private static final long TIMEOUT_NS = 2_000_000_000L;
-
-    /** The same for the first step of a generation, which other ranks may begin much later. */
-    private static final long FIRST_TIMEOUT_NS = TIMEOUT_NS;
-
     /** FaultCode kPeerAbort of step_params.cuh. */
     private static final int PEER_ABORT = 3;
 
@@ -83,6 +78,9 @@ final class CudaLayer implements MoeLayer {
 
     private final Deque<AutoCloseable> owned = new ArrayDeque<>();
     private final List<CudaStep> steps = new ArrayList<>();
+
+    /** What a layer of a group shares with the other ranks; null before prepare and without one. */
+    private PeerMemory peers;
 
     private LoadedKernels kernels;
     private long weightsBase;
@@ -139,7 +137,7 @@ final class CudaLayer implements MoeLayer {
                 return;
             }
             try {
-                trace.prepare(() -> allocate(progress));
+                trace.prepare(() -> allocateOrJoin(progress));
             } catch (CudaException e) {
                 freeOwned(e);
                 throw e.inCapture() ? refusedInCapture("prepare", e) : e;
@@ -153,18 +151,98 @@ final class CudaLayer implements MoeLayer {
         }
     }
 
+    /**
+     * A layer of a group meets the others four times: what they have in common, where their memory
+     * is, once all have written to it, and once all have seen what was written.
+     *
+     * <p>why the lock: two layers that a rank prepares at once would mix up their meetings.
+     */
+    private void allocateOrJoin(ProgressListener progress) {
+        if (config.group() == null) {
+            allocate(progress);
+            return;
+        }
+        synchronized (config.group()) {
+            peers = own(new PeerMemory(context, config, layout));
+            peers.agree(catalog.description());
+            peers.meet(
+                    "addresses",
+                    () -> {
+                        allocate(progress);
+                        warmUp();
+                        return peers.export();
+                    },
+                    peers::addresses);
+            peers.meet("the self-test's writes", () -> peers.connect(handles, kernels), all -> {});
+            peers.meet("the self-test's result", () -> peers.verify(kernels), all -> {});
+        }
+    }
+
     private void allocate(ProgressListener progress) {
         kernels = own(catalog.load(context, config));
         DeviceBuffer weights = own(new DeviceBuffer(context, layout.weights().size()));
         weightsBase = weights.address();
         handles = new CudaHandle[config.handles()];
         for (int handle = 0; handle < handles.length; handle++) {
-            handles[handle] = own(new CudaHandle(context, layout, config.ranks()));
+            handles[handle] =
+                    own(
+                            new CudaHandle(
+                                    context,
+                                    layout,
+                                    config,
+                                    peers == null ? null : peers::allocate));
         }
         arena = own(new ParamArena(context));
         try (CudaWeights upload = new CudaWeights(context, kernels, config, layout, weightsBase)) {
             upload.run(progress);
         }
+    }
+
+    /**
+     * Runs a step without tokens over this rank alone, on its own memory. why: a kernel that was
+     * never launched may be loaded only then, or may want a larger stack, and both wait for a GPU
+     * that waits for a peer.
+     */
+    private void warmUp() {
+        try (DeviceBuffer nothing = new DeviceBuffer(context, 256);
+                Stream stream = new Stream(context);
+                Scope scope = context.enter()) {
+            context.driver().memsetD8(nothing.address(), (byte) 0, nothing.size());
+            context.driver().streamSynchronize(0L); // why: a fill is asynchronous
+            for (CudaHandle handle : handles) {
+                CudaStep step = pack(List.of(noTokens(nothing)), handle, weightsBase, true);
+                try {
+                    for (Phase phase : PHASES) {
+                        for (Kernel kernel : kernels.of(phase)) {
+                            kernel.launch(context.driver(), 1, stream.handle(), step.params());
+                        }
+                    }
+                    stream.synchronize();
+                } finally {
+                    step.free();
+                }
+                if (handle.errorCode(config.firstLocalRank()) != 0) {
+                    throw new IllegalStateException(
+                            "a step without tokens failed when the layer opened: "
+                                    + describe(
+                                            fault(
+                                                    handle,
+                                                    config.firstLocalRank(),
+                                                    handle.errorCode(config.firstLocalRank()))));
+                }
+                handle.clear(-1L >>> (Long.SIZE - config.ranks()));
+            }
+        }
+    }
+
+    /** Nothing is read but the count, which is 0. */
+    private StepTensors noTokens(DeviceBuffer nothing) {
+        Tensor count = Tensor.device(nothing.address(), DType.I32, 1);
+        boolean topk = config.routingInput() == RoutingInput.TOPK;
+        boolean logits = config.routingInput() == RoutingInput.LOGITS;
+        Tensor any = Tensor.device(nothing.address(), DType.F32, 1);
+        return new StepTensors(
+                any, count, topk ? any : null, topk ? any : null, logits ? any : null, any, false);
     }
 
     private <T extends AutoCloseable> T own(T resource) {
@@ -190,13 +268,18 @@ final class CudaLayer implements MoeLayer {
                                 + (handles.length - 1)
                                 + ": open the layer with more handles(...)");
             }
-            if (ranks.size() != config.ranks()) {
+            if (ranks.size() != config.localRanks()) {
                 throw new IllegalArgumentException(
                         "got the tensors of "
                                 + ranks.size()
-                                + " ranks but the layer has ranks="
-                                + config.ranks()
-                                + ": give one StepTensors per rank");
+                                + " ranks but the layer has "
+                                + (config.group() == null
+                                        ? "ranks="
+                                                + config.ranks()
+                                                + ": give one StepTensors per rank"
+                                        : "rank "
+                                                + config.group().rank()
+                                                + " of the group alone: give its StepTensors"));
             }
             // why relaxed: some runtimes tell their addresses only while they capture
             try (Scope scope = context.enter();
@@ -204,7 +287,7 @@ final class CudaLayer implements MoeLayer {
                 for (int rank = 0; rank < ranks.size(); rank++) {
                     validate(rank, ranks.get(rank));
                 }
-                CudaStep step = pack(ranks, handles[handle], weightsBase);
+                CudaStep step = pack(ranks, handles[handle], weightsBase, false);
                 steps.add(step);
                 return step;
             }
@@ -267,21 +350,35 @@ final class CudaLayer implements MoeLayer {
                 });
     }
 
-    private CudaStep pack(List<StepTensors> ranks, CudaHandle handle, long weightsBase) {
+    /**
+     * Packs the parameters of a step.
+     *
+     * @param alone over this rank only, as rank 0 of 1
+     */
+    private CudaStep pack(
+            List<StepTensors> ranks, CudaHandle handle, long weightsBase, boolean alone) {
         int size = DeviceStructs.LOCAL_RANK.size();
         ByteBuffer locals =
                 ByteBuffer.allocateDirect(ranks.size() * size).order(ByteOrder.LITTLE_ENDIAN);
         for (int rank = 0; rank < ranks.size(); rank++) {
             locals.position(rank * size);
             CStruct.Writer to = DeviceStructs.LOCAL_RANK.writer(locals);
-            packRank(to, rank, ranks.get(rank), handle);
+            packRank(to, config.firstLocalRank() + rank, ranks.get(rank), handle);
             packWeights(to, rank, weightsBase);
+            if (alone) {
+                to.put("rank", 0);
+            }
         }
         DeviceBuffer buffer = new DeviceBuffer(context, locals.capacity());
         try (Scope scope = context.enter()) {
             upload(buffer.address(), locals.rewind());
             KernelParams params = arena.params(DeviceStructs.STEP_PARAMS.size());
-            packParams(DeviceStructs.STEP_PARAMS.writer(params.bytes(0)), buffer.address(), handle);
+            CStruct.Writer to = DeviceStructs.STEP_PARAMS.writer(params.bytes(0));
+            packParams(to, buffer.address(), handle);
+            if (alone) {
+                to.put("num_ranks", 1);
+                to.put("experts", config.expertsPerRank());
+            }
             return new CudaStep(this, List.copyOf(ranks), handle, params, buffer);
         } catch (RuntimeException | Error e) {
             buffer.close();
@@ -341,10 +438,10 @@ final class CudaLayer implements MoeLayer {
         to.put("stats", handle.statsAddress(rank));
     }
 
-    /** A rank's experts are consecutive in the layer's buffers. */
-    private void packWeights(CStruct.Writer to, int rank, long weightsBase) {
-        int experts = config.shape().experts();
-        long first = (long) rank * config.expertsPerRank();
+    /** A rank's experts are consecutive in the layer's buffers, which hold the local ranks'. */
+    private void packWeights(CStruct.Writer to, int localRank, long weightsBase) {
+        int experts = config.localExperts();
+        long first = (long) localRank * config.expertsPerRank();
         for (String buffer : List.of("w_gate_up", "w_down", "bias_gate_up", "bias_down")) {
             long base = layout.weights().address(weightsBase, buffer);
             if (base != 0 && first < experts) {
@@ -361,7 +458,7 @@ final class CudaLayer implements MoeLayer {
     CudaStep withWeightsOf(CudaStep step, CudaLayer other) {
         requirePrepared();
         other.requirePrepared();
-        CudaStep twin = pack(step.tensors(), step.handle(), other.weightsBase);
+        CudaStep twin = pack(step.tensors(), step.handle(), other.weightsBase, false);
         steps.add(twin);
         return twin;
     }
@@ -372,7 +469,7 @@ final class CudaLayer implements MoeLayer {
 
     private void packParams(CStruct.Writer to, long locals, CudaHandle handle) {
         to.put("num_ranks", config.ranks());
-        to.put("num_local_ranks", config.ranks());
+        to.put("num_local_ranks", config.localRanks());
         to.put("max_tokens", config.maxTokensPerRank());
         to.put("top_k", config.shape().topK());
         to.put("experts", config.shape().experts());
@@ -396,8 +493,8 @@ final class CudaLayer implements MoeLayer {
         to.put("activation", config.activation().kind().ordinal());
         to.put("alpha", config.activation().alpha());
         to.put("limit", config.activation().limit());
-        to.put("timeout_ns", TIMEOUT_NS);
-        to.put("first_timeout_ns", FIRST_TIMEOUT_NS);
+        to.put("timeout_ns", config.stepTimeout().toNanos());
+        to.put("first_timeout_ns", config.firstStepTimeout().toNanos());
         for (String buffer :
                 List.of(
                         "dispatch_flags",
@@ -510,7 +607,7 @@ final class CudaLayer implements MoeLayer {
         handle.stepInFlight = step;
         for (Phase phase = first; ; phase = next(phase)) {
             for (Kernel kernel : kernels.of(phase)) {
-                kernel.launch(context.driver(), config.ranks(), stream, step.params());
+                kernel.launch(context.driver(), config.localRanks(), stream, step.params());
             }
             handle.nextPhase = next(phase);
             if (phase == last) {
@@ -549,7 +646,7 @@ final class CudaLayer implements MoeLayer {
         Kernel[] flow = expertKernels(part);
         try (Scope scope = context.enter()) {
             for (Kernel kernel : flow) {
-                kernel.launch(context.driver(), config.ranks(), stream, step.params());
+                kernel.launch(context.driver(), config.localRanks(), stream, step.params());
             }
         }
     }
@@ -662,7 +759,7 @@ final class CudaLayer implements MoeLayer {
                     if (handle < 0
                             || handle >= config.handles()
                             || rank < 0
-                            || rank >= config.ranks()) {
+                            || rank >= config.localRanks()) {
                         throw new IllegalArgumentException(
                                 "there is no handle "
                                         + handle
@@ -671,9 +768,13 @@ final class CudaLayer implements MoeLayer {
                                         + ": the layer has handles="
                                         + config.handles()
                                         + " and ranks="
-                                        + config.ranks());
+                                        + config.localRanks());
                     }
-                    return new CudaInspection(config, handles[handle], rank, this::readDevice);
+                    return new CudaInspection(
+                            config,
+                            handles[handle],
+                            config.firstLocalRank() + rank,
+                            this::readDevice);
                 });
     }
 
@@ -715,8 +816,8 @@ final class CudaLayer implements MoeLayer {
         long duplicates = 0;
         long overCapacity = 0;
         for (CudaHandle handle : handles) {
-            steps += handle.counter(0, "steps");
-            for (int rank = 0; rank < config.ranks(); rank++) {
+            steps += handle.counter(config.firstLocalRank(), "steps");
+            for (int rank = firstRank(); rank < endRank(); rank++) {
                 dropped += handle.counter(rank, "dropped_ids");
                 duplicates += handle.counter(rank, "duplicate_ids");
                 overCapacity += handle.counter(rank, "over_capacity_tokens");
@@ -737,7 +838,7 @@ final class CudaLayer implements MoeLayer {
         requireOpen();
         for (int handle = 0; prepared && handle < handles.length; handle++) {
             int failed = -1;
-            for (int rank = 0; rank < config.ranks(); rank++) {
+            for (int rank = firstRank(); rank < endRank(); rank++) {
                 int code = handles[handle].errorCode(rank);
                 // why: a rank that was aborted by its peer is not the cause
                 if (code != 0 && (failed < 0 || handles[handle].errorCode(failed) == PEER_ABORT)) {
@@ -752,6 +853,14 @@ final class CudaLayer implements MoeLayer {
             }
         }
         return null;
+    }
+
+    private int firstRank() {
+        return config.firstLocalRank();
+    }
+
+    private int endRank() {
+        return config.firstLocalRank() + config.localRanks();
     }
 
     private static LayerFault fault(CudaHandle handle, int rank, int code) {
@@ -813,7 +922,7 @@ final class CudaLayer implements MoeLayer {
                 () -> {
                     requirePrepared();
                     long epoch = Long.MAX_VALUE;
-                    for (int rank = 0; rank < config.ranks(); rank++) {
+                    for (int rank = firstRank(); rank < endRank(); rank++) {
                         epoch = Math.min(epoch, handles[handle].errorLong(rank, "valid_epoch"));
                     }
                     return epoch;
@@ -847,7 +956,7 @@ final class CudaLayer implements MoeLayer {
         try (Scope scope = context.enter()) {
             context.driver().contextSynchronize();
             for (CudaHandle handle : handles) {
-                for (int rank = 0; rank < config.ranks(); rank++) {
+                for (int rank = firstRank(); rank < endRank(); rank++) {
                     for (Region.Field field : layout.symmetric().fields()) {
                         if (!lasting.contains(field.name())) {
                             context.driver()

@@ -69,7 +69,8 @@ final class CudaWeights implements AutoCloseable {
             fillRandom(random);
             return;
         }
-        int experts = config.shape().experts();
+        int first = firstExpert();
+        int experts = config.localExperts();
         int workers = Math.max(1, Math.min(Math.min(config.threads(), MAX_WORKERS), experts));
         AtomicInteger next = new AtomicInteger();
         AtomicLong done = new AtomicLong();
@@ -83,7 +84,7 @@ final class CudaWeights implements AutoCloseable {
                             for (int e = next.getAndIncrement();
                                     e < experts;
                                     e = next.getAndIncrement()) {
-                                w.routed(e, weights.expert(e));
+                                w.routed(e, weights.expert(first + e));
                                 progress.progress(done.incrementAndGet(), experts);
                             }
                             return null;
@@ -99,6 +100,12 @@ final class CudaWeights implements AutoCloseable {
         } finally {
             pool.shutdownNow();
         }
+    }
+
+    /** The first expert whose weights lie here. */
+    private int firstExpert() {
+        return Math.min(
+                config.shape().experts(), config.firstLocalRank() * config.expertsPerRank());
     }
 
     private static void join(Future<?> future) {
@@ -138,8 +145,12 @@ final class CudaWeights implements AutoCloseable {
     private void fillRandom(DeviceRandomWeights random) {
         Stream stream = own(new Stream(context));
         ParamArena arena = own(new ParamArena(context));
-        fill(arena, stream, "w_gate_up", random.gateUp());
-        fill(arena, stream, "w_down", random.down());
+        fill(
+                arena,
+                stream,
+                "w_gate_up",
+                random.gateUp().part(firstExpert(), config.localExperts()));
+        fill(arena, stream, "w_down", random.down().part(firstExpert(), config.localExperts()));
         if (config.usesSharedExpert()) {
             fill(arena, stream, "w_shared_gate_up", random.sharedGateUp());
             fill(arena, stream, "w_shared_down", random.sharedDown());
@@ -152,6 +163,9 @@ final class CudaWeights implements AutoCloseable {
 
     private void fill(
             ParamArena arena, Stream stream, String buffer, DeviceRandomWeights.Buffer random) {
+        if (!layout.weights().has(buffer)) {
+            return;
+        }
         KernelParams params = arena.params(DeviceStructs.FILL_PARAMS.size());
         var writer = DeviceStructs.FILL_PARAMS.writer(params.bytes(0));
         writer.put("packed", base + layout.weights().offset(buffer));
@@ -170,13 +184,16 @@ final class CudaWeights implements AutoCloseable {
 
     /** Biases in packed order, as the pack kernels leave them. */
     private void uploadBiases(LayerWeights weights) {
-        int experts = config.shape().experts();
+        int experts = config.localExperts();
+        if (experts == 0) {
+            return;
+        }
         int gateUpRows = layout.gateUpRows();
         int downRows = layout.downRows();
         float[] gateUp = new float[Math.multiplyExact(experts, gateUpRows)];
         float[] down = new float[Math.multiplyExact(experts, downRows)];
         for (int e = 0; e < experts; e++) {
-            ExpertWeights expert = weights.expert(e);
+            ExpertWeights expert = weights.expert(firstExpert() + e);
             for (int i = 0; i < config.shape().intermediate(); i++) {
                 int packed = e * gateUpRows + i / 8 * 16 + i % 8;
                 gateUp[packed] = expert.gateBias()[i];
@@ -262,7 +279,7 @@ final class CudaWeights implements AutoCloseable {
             if (!layout.weights().has(buffer)) {
                 return 0L;
             }
-            long bytes = layout.weights().field(buffer).bytes() / config.shape().experts();
+            long bytes = layout.weights().field(buffer).bytes() / config.localExperts();
             return base + layout.weights().offset(buffer) + bytes * expert;
         }
 

@@ -36,6 +36,12 @@ final class DeviceRandomWeights implements LayerWeights {
             return (float) Math.sqrt(3.0 / cols);
         }
 
+        /** Some of the experts, with the numbers they have in the whole. */
+        Buffer part(int first, int count) {
+            long values = (long) first * rowTiles() * columnBlocks() * TILE_CHUNKS * 8;
+            return new Buffer(seed + GAMMA * values, count, rows, cols, gateUp);
+        }
+
         int rowTiles() {
             int packed =
                     gateUp

@@ -114,9 +114,23 @@ class CheckerTest {
         TokenErrors none = new TokenErrors(0, 0);
         CaseResult result =
                 new CaseResult(
-                        0, 1, 1, "cpu", "oracle", 1, List.of(), 0, none, none, 1e-5, false, "");
+                        0, 1, 1, "cpu", "oracle", 1, List.of(), 0, none, none, 1e-5, false, true,
+                        "");
         assertThat(result.pass()).isFalse();
         assertThat(result.failure()).isEqualTo("rows past the token count were written");
+    }
+
+    @Test
+    void shouldFailWhenABitDiffersFromVirtualRanks() {
+        TokenErrors none = new TokenErrors(0, 0);
+        CaseResult result =
+                new CaseResult(
+                        0, 1, 2, "cuda", "golden", 1, List.of(), 0, none, none, 6e-3, true, true,
+                        "");
+        assertThat(result.against(true).pass()).isTrue();
+        assertThat(result.against(false).pass()).isFalse();
+        assertThat(result.against(false).failure())
+                .isEqualTo("bits differ from those of virtual ranks on one GPU");
     }
 
     @Test

@@ -293,8 +293,10 @@ class DocsTest {
                 .contains(
                         "kDispatchSent = 0, kCombineSent = 1, kCombineDone = 2, kFaultClaimed = 7");
         assertThat(page).contains("read every 64 polls").contains("`arrivals[7]` u32");
-        assertThat(constant("cuda/CudaLayer.java", "TIMEOUT_NS", "L")).isEqualTo("2000000000");
-        assertThat(page).contains("2 s (`TIMEOUT_NS`");
+        assertThat(page)
+                .contains(MoeConfig.STEP_TIMEOUT.toSeconds() + " s unless `stepTimeout`")
+                .contains(
+                        MoeConfig.FIRST_STEP_TIMEOUT.toSeconds() + " s unless `firstStepTimeout`");
     }
 
     @Test

@@ -22,6 +22,12 @@ public final class DeviceLayout {
     /** Most groups of a routing rule: what the router's bitmap in shared memory holds. */
     public static final int MAX_GROUPS = 1024;
 
+    /** What a peer writes when a group opens, to prove that it reaches this memory: one tile. */
+    public static final int SELF_TEST_BYTES = TILE_ROWS * PAD * 2;
+
+    /** why 2 MiB: another process maps whole pages of that size, so nothing else may lie there. */
+    private static final long SHARED_PAGE = 2L << 20;
+
     private final MoeConfig config;
     private final Region symmetric = new Region();
     private final Region workspace = new Region();
@@ -83,10 +89,12 @@ public final class DeviceLayout {
         workspace.add("peer_totals", "R*32", r, 32);
         workspace.add("received", "R*L*4", r, l, 4);
 
-        weights.add("w_gate_up", "E*2*Ip*Hp*2", e, gateUpRows(), hp, 2);
-        weights.add("w_down", "E*Hp128*Ip*2", e, downRows(), ip, 2);
-        weights.add("bias_gate_up", "E*2*Ip*4", config.expertBias() ? e : 0, gateUpRows(), 4);
-        weights.add("bias_down", "E*Hp128*4", config.expertBias() ? e : 0, downRows(), 4);
+        long held = config.localExperts();
+        String h = config.group() == null ? "E" : "Er";
+        weights.add("w_gate_up", h + "*2*Ip*Hp*2", held, gateUpRows(), hp, 2);
+        weights.add("w_down", h + "*Hp128*Ip*2", held, downRows(), ip, 2);
+        weights.add("bias_gate_up", h + "*2*Ip*4", config.expertBias() ? held : 0, gateUpRows(), 4);
+        weights.add("bias_down", h + "*Hp128*4", config.expertBias() ? held : 0, downRows(), 4);
         weights.add("router", "E*H*4", ownRouter ? e : 0, shape.hidden(), 4);
         weights.add("router_bias", "E*4", ownRouter ? e : 0, 4);
         weights.add(
@@ -95,9 +103,11 @@ public final class DeviceLayout {
         weights.add("w_shared_down", "Hp128*Sp*2", shared ? downRows() : 0, sp, 2);
         weights.add("shared_gate", "H*4", shared ? shape.hidden() : 0, 4);
 
-        pinned.add("errors", "R*64", r, DeviceStructs.ERROR_RECORD.size());
-        pinned.add("counters", "R*64", r, DeviceStructs.SOFT_COUNTERS.size());
-        pinned.add("peers", "R*R*64", r, r, DeviceStructs.PEER_STATS.size());
+        long local = config.localRanks();
+        String each = config.group() == null ? "R*" : "";
+        pinned.add("errors", each + "64", local, DeviceStructs.ERROR_RECORD.size());
+        pinned.add("counters", each + "64", local, DeviceStructs.SOFT_COUNTERS.size());
+        pinned.add("peers", each + "R*64", local, r, DeviceStructs.PEER_STATS.size());
     }
 
     private void requireWithinLimits() {
@@ -178,6 +188,28 @@ public final class DeviceLayout {
         return symmetric;
     }
 
+    /**
+     * {@return the bytes of the allocation that holds a symmetric region} In a group it has pages
+     * of its own and room at its end for the self-test.
+     */
+    public long symmetricBytes() {
+        if (config.group() == null) {
+            return symmetric.size();
+        }
+        long bytes = selfTestOffset(config.ranks());
+        return (bytes + SHARED_PAGE - 1) / SHARED_PAGE * SHARED_PAGE;
+    }
+
+    /**
+     * {@return where rank {@code source} writes its tile of the self-test, from the start of a
+     * symmetric region}
+     *
+     * @param source rank that writes
+     */
+    public long selfTestOffset(int source) {
+        return symmetric.size() + (long) source * SELF_TEST_BYTES;
+    }
+
     /** {@return what one local rank works in, one per rank and handle} */
     public Region workspace() {
         return workspace;
@@ -199,9 +231,15 @@ public final class DeviceLayout {
         MemoryPlan.Builder plan =
                 new MemoryPlan.Builder(
                         String.format(
-                                "CUDA backend: R=%d (virtual ranks) M=%d H=%d (Hp=%d) I=%d (Ip=%d)"
+                                "CUDA backend: R=%d (%s) M=%d H=%d (Hp=%d) I=%d (Ip=%d)"
                                         + " E=%d L=%d K=%d handles N=%d, rows=R*M*min(K,L)=%d",
                                 config.ranks(),
+                                config.group() == null
+                                        ? "virtual ranks"
+                                        : "rank "
+                                                + config.group().rank()
+                                                + " of a group, Er="
+                                                + config.localExperts(),
                                 config.maxTokensPerRank(),
                                 shape.hidden(),
                                 pad(shape.hidden()),
@@ -216,6 +254,13 @@ public final class DeviceLayout {
             plan.add(field.name(), field.formula(), field.bytes());
         }
         addPerRank(plan, symmetric);
+        if (config.group() != null) {
+            plan.add(
+                    "self_test",
+                    "N*(R*16384, to 2 MiB)",
+                    config.handles(),
+                    symmetricBytes() - symmetric.size());
+        }
         addPerRank(plan, workspace);
         for (Region.Field field : pinned.fields()) {
             plan.add(
@@ -231,9 +276,9 @@ public final class DeviceLayout {
         for (Region.Field field : region.fields()) {
             plan.add(
                     field.name(),
-                    "N*R*" + field.formula(),
+                    (config.group() == null ? "N*R*" : "N*") + field.formula(),
                     config.handles(),
-                    config.ranks(),
+                    config.localRanks(),
                     field.bytes());
         }
     }

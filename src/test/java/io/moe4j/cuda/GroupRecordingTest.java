@@ -1,0 +1,444 @@
+package io.moe4j.cuda;
+
+import static org.assertj.core.api.Assertions.assertThat;
+import static org.assertj.core.api.Assertions.assertThatThrownBy;
+import static org.junit.jupiter.api.Assumptions.assumeTrue;
+
+import io.moe4j.BoundStep;
+import io.moe4j.MemoryPlan;
+import io.moe4j.Moe;
+import io.moe4j.MoeConfig;
+import io.moe4j.MoeGraph;
+import io.moe4j.RoutingInput;
+import io.moe4j.StepTensors;
+import io.moe4j.cuda.driver.Call;
+import io.moe4j.cuda.driver.CheckedDriver;
+import io.moe4j.cuda.driver.CudaException;
+import io.moe4j.cuda.driver.Driver;
+import io.moe4j.cuda.driver.RecordingDriver;
+import io.moe4j.cuda.kernel.KernelCatalog;
+import io.moe4j.cuda.layout.DeviceStructs;
+import io.moe4j.ep.Group;
+import io.moe4j.ep.GroupException;
+import io.moe4j.model.MoeShape;
+import io.moe4j.model.RandomWeights;
+import io.moe4j.model.RoutingRule;
+import io.moe4j.tensor.DType;
+import io.moe4j.tensor.Tensor;
+import java.lang.reflect.InvocationTargetException;
+import java.lang.reflect.Proxy;
+import java.nio.ByteBuffer;
+import java.nio.charset.StandardCharsets;
+import java.time.Duration;
+import java.util.ArrayList;
+import java.util.Arrays;
+import java.util.HashSet;
+import java.util.List;
+import java.util.Set;
+import java.util.concurrent.CompletableFuture;
+import java.util.concurrent.TimeUnit;
+import java.util.function.UnaryOperator;
+import org.junit.jupiter.api.BeforeEach;
+import org.junit.jupiter.api.Test;
+import org.junit.jupiter.api.Timeout;
+
+/** Layers of a group, without GPUs: what they ask of the driver, and how opening fails. */
+@Timeout(60)
+class GroupRecordingTest {
+    private static final MoeShape SHAPE = new MoeShape(64, 48, 11, 4, 32);
+    private static final long MIB = 1 << 20;
+    private final RecordingDriver recording = new RecordingDriver(3, 141L << 30);
+
+    @BeforeEach
+    void needsKernels() {
+        assumeTrue(
+                KernelCatalog.class.getResource("/io/moe4j/kernels/manifest.json") != null,
+                "the kernels are not built: nvcc is not installed");
+    }
+
+    private static MoeConfig.Builder config() {
+        return MoeConfig.builder()
+                .weights(RandomWeights.of(SHAPE, 1))
+                .rule(RoutingRule.softmaxTopK(true))
+                .routingInput(RoutingInput.HIDDEN)
+                .maxTokensPerRank(16)
+                .threads(1)
+                .handles(2);
+    }
+
+    private static CudaLayer open(Driver driver, MoeConfig config) {
+        return CudaBackendProvider.open(driver, KernelCatalog.choose(driver, 0), config, "test");
+    }
+
+    private List<CudaLayer> open(int ranks, Duration limit) {
+        List<CudaLayer> layers = new ArrayList<>();
+        for (Group group : Group.inProcess(ranks, limit)) {
+            layers.add(open(recording, config().group(group).build()));
+        }
+        return layers;
+    }
+
+    private StepTensors tensors(int device) {
+        long context = recording.primaryContextRetain(device);
+        recording.primaryContextRelease(device);
+        return StepTensors.hidden(
+                Tensor.device(recording.foreignMemory(1 << 16, context), DType.F32, 16, 64),
+                Tensor.device(recording.foreignMemory(1 << 16, context), DType.BF16, 16, 64),
+                Tensor.device(recording.foreignMemory(1 << 16, context), DType.I32, 1));
+    }
+
+    private static long bytes(MemoryPlan plan, String name) {
+        return plan.entries().stream()
+                .filter(entry -> entry.name().equals(name))
+                .mapToLong(MemoryPlan.Entry::bytes)
+                .sum();
+    }
+
+    @Test
+    void shouldPlanForTheExpertsAndBuffersOfOneRank() {
+        MoeConfig virtual = config().ranks(3).backend("cuda").build();
+        MemoryPlan all = Moe.plan(virtual);
+        long held = 0;
+        for (Group group : Group.inProcess(3)) {
+            MoeConfig one = virtual.toBuilder().group(group).build();
+            MemoryPlan plan = Moe.plan(one);
+            assertThat(plan.toString()).contains("rank " + group.rank() + " of a group, Er=");
+            assertThat(bytes(plan, "recv_rows")).isEqualTo(bytes(all, "recv_rows") / 3);
+            held += bytes(plan, "w_gate_up");
+            long shared = bytes(plan, "self_test") + symmetric(plan);
+            assertThat(Math.floorMod(-shared, 2 * MIB))
+                    .as("pages of its own")
+                    .isLessThan(9 * 256 * 2L);
+        }
+        assertThat(held).as("every expert lies on one rank").isEqualTo(bytes(all, "w_gate_up"));
+    }
+
+    private static long symmetric(MemoryPlan plan) {
+        return List.of(
+                        "dispatch_flags",
+                        "combine_flags",
+                        "abort_words",
+                        "recv_tokens",
+                        "recv_ids",
+                        "recv_weights",
+                        "recv_rows",
+                        "combine_rows")
+                .stream()
+                .mapToLong(name -> bytes(plan, name))
+                .sum();
+    }
+
+    @Test
+    void shouldOpenOnAGpuEachAndGiveEverythingBackWhenTheLastRankCloses() {
+        List<CudaLayer> layers = open(3, Duration.ofSeconds(20));
+        Group.together(layers, CudaLayer::prepare);
+        assertThat(recording.calls(Call.CTX_ENABLE_PEER_ACCESS)).hasSize(6);
+        assertThat(recording.calls(Call.IPC_GET_MEM_HANDLE)).as("one process").isEmpty();
+        long planned = layers.stream().mapToLong(layer -> layer.plan().totalBytes()).sum();
+        assertThat(recording.allocatedBytes())
+                .isBetween(planned, planned + 3 * (256L * 60 * 2 + (64 << 10)));
+        long regions = 3 * 2 * (2 * MIB);
+        layers.get(0).close();
+        layers.get(2).close();
+        assertThat(recording.allocatedBytes()).as("peers may still write").isGreaterThan(regions);
+        layers.get(1).close();
+        assertThat(recording.leaks()).isEmpty();
+    }
+
+    @Test
+    void shouldLaunchEveryKernelOfAStepOnceBeforeAnyRankMayWait() {
+        List<CudaLayer> layers = open(2, Duration.ofSeconds(20));
+        Group.together(layers, CudaLayer::prepare);
+        Set<String> warm = new HashSet<>();
+        for (RecordingDriver.Launch launch : recording.launches()) {
+            warm.add(launch.kernel());
+            if (launch.kernel().equals("moe_dispatch_recv")) {
+                ByteBuffer params = launch.paramBytes();
+                int ranks = params.getInt(DeviceStructs.STEP_PARAMS.offset("num_ranks"));
+                assertThat(ranks).as("alone").isEqualTo(1);
+            }
+        }
+        recording.clearCalls();
+        for (CudaLayer layer : layers) {
+            BoundStep step = layer.bind(List.of(tensors(layer.config().group().rank())));
+            long stream = recording.foreignStream();
+            layer.enqueue(stream, step);
+            try (MoeGraph graph = layer.capture(stream, step)) {
+                graph.launch(stream);
+            }
+        }
+        assertThat(recording.launches()).isNotEmpty();
+        for (RecordingDriver.Launch launch : recording.launches()) {
+            assertThat(warm).contains(launch.kernel());
+            ByteBuffer params = launch.paramBytes();
+            assertThat(launch.gridY()).as("one local rank").isEqualTo(1);
+            assertThat(params.getInt(DeviceStructs.STEP_PARAMS.offset("num_ranks"))).isEqualTo(2);
+            assertThat(params.getInt(DeviceStructs.STEP_PARAMS.offset("num_local_ranks")))
+                    .isEqualTo(1);
+        }
+        assertThat(recording.calls(Call.MEM_FREE))
+                .as("a free waits for a GPU that waits")
+                .isEmpty();
+        assertThatThrownBy(() -> layers.get(1).bind(List.of(tensors(1), tensors(1))))
+                .isInstanceOf(IllegalArgumentException.class)
+                .hasMessageContaining("the layer has rank 1 of the group alone");
+        layers.forEach(CudaLayer::close);
+    }
+
+    @Test
+    void shouldEnqueueWithoutWaitingInAGroupToo() {
+        CheckedDriver checked = new CheckedDriver(recording, CheckedDriver.Mode.THROW);
+        List<CudaLayer> layers = new ArrayList<>();
+        for (Group group : Group.inProcess(2)) {
+            layers.add(open(checked, config().group(group).build()));
+        }
+        Group.together(layers, CudaLayer::prepare);
+        for (CudaLayer layer : layers) {
+            BoundStep step = layer.bind(List.of(tensors(layer.config().group().rank())));
+            try (CheckedDriver.Zone zone = checked.noSyncZone("enqueue")) {
+                layer.enqueue(recording.foreignStream(), step);
+            }
+        }
+        layers.forEach(CudaLayer::close);
+    }
+
+    @Test
+    void shouldNameFieldValuesAndRanksOfADifferenceOnEveryRank() {
+        List<Group> groups = Group.inProcess(3, Duration.ofSeconds(20));
+        List<CudaLayer> layers = new ArrayList<>();
+        for (Group group : groups) {
+            int tokens = group.rank() == 2 ? 32 : 16;
+            layers.add(open(recording, config().maxTokensPerRank(tokens).group(group).build()));
+        }
+        Group.together(
+                layers,
+                layer -> {
+                    int rank = layer.config().group().rank();
+                    assertThatThrownBy(layer::prepare)
+                            .isInstanceOf(IllegalArgumentException.class)
+                            .hasMessageContaining(
+                                    rank == 2
+                                            ? "maxTokensPerRank=32 on rank 2 but maxTokensPerRank=16"
+                                                    + " on rank 0"
+                                            : "maxTokensPerRank=16 on rank "
+                                                    + rank
+                                                    + " but maxTokensPerRank=32 on rank 2");
+                });
+        assertThat(recording.allocatedBytes()).as("nothing was allocated").isZero();
+        layers.forEach(CudaLayer::close);
+        assertThat(recording.leaks()).isEmpty();
+
+        CudaLayer one = open(recording, config().group(groups.get(0)).build());
+        CudaLayer other =
+                open(
+                        recording,
+                        config().weights(RandomWeights.of(SHAPE, 2)).group(groups.get(1)).build());
+        CudaLayer third = open(recording, config().group(groups.get(2)).build());
+        assertThatThrownBy(() -> Group.together(List.of(one, other, third), CudaLayer::prepare))
+                .as("layers of equal sizes in another order")
+                .hasMessageContaining("router weights=crc ");
+    }
+
+    @Test
+    void shouldRefuseTwoRanksOnOneGpu() {
+        List<CudaLayer> layers = new ArrayList<>();
+        for (Group group : Group.inProcess(2)) {
+            layers.add(open(recording, config().device(1).group(group).build()));
+        }
+        assertThatThrownBy(() -> Group.together(layers, CudaLayer::prepare))
+                .isInstanceOf(IllegalArgumentException.class)
+                .hasMessageContaining("ranks 0 and 1 are both on GPU 0000:02:00.0");
+        MoeConfig missing = config().device(3).build();
+        assertThatThrownBy(() -> open(recording, missing))
+                .hasMessageContaining("device=3 but there are 3 GPUs");
+    }
+
+    @Test
+    void shouldTellAllRanksOfOneThatFailsAndLetThemTryAgain() {
+        for (int nth = 1; nth < 40; nth += 3) {
+            RecordingDriver failing = new RecordingDriver(2, 141L << 30);
+            List<CudaLayer> layers = new ArrayList<>();
+            for (Group group : Group.inProcess(2, Duration.ofSeconds(20))) {
+                layers.add(open(failing, config().group(group).build()));
+            }
+            failing.failNth(Call.MEM_ALLOC, nth, 2);
+            List<RuntimeException> thrown = new ArrayList<>(Arrays.asList(null, null));
+            Group.together(
+                    layers,
+                    layer -> {
+                        try {
+                            layer.prepare();
+                        } catch (RuntimeException e) {
+                            thrown.set(layer.config().group().rank(), e);
+                        }
+                    });
+            if (thrown.get(0) == null && thrown.get(1) == null) {
+                assertThat(nth).as("allocations of two ranks").isGreaterThan(10);
+            } else {
+                int culprit = thrown.get(0) instanceof CudaException ? 0 : 1;
+                assertThat(thrown.get(culprit))
+                        .as("allocation %d", nth)
+                        .isInstanceOf(CudaException.class);
+                assertThat(thrown.get(1 - culprit))
+                        .isInstanceOf(GroupException.class)
+                        .hasMessageContaining("rank " + culprit + " failed while the layer")
+                        .hasMessageContaining("memory");
+                assertThat(failing.allocatedBytes()).as("allocation %d", nth).isZero();
+                Group.together(layers, CudaLayer::prepare);
+            }
+            layers.forEach(CudaLayer::close);
+            assertThat(failing.leaks()).isEmpty();
+        }
+    }
+
+    @Test
+    void shouldNotWaitForeverForARankThatNeverPrepares() {
+        List<CudaLayer> layers = open(2, Duration.ofMillis(300));
+        assertThatThrownBy(() -> layers.get(0).prepare())
+                .isInstanceOf(GroupException.class)
+                .hasMessageContaining("rank 0 waited 0.3 s in configuration for rank 1");
+        layers.forEach(CudaLayer::close);
+        assertThat(recording.leaks()).isEmpty();
+    }
+
+    @Test
+    void shouldEndPrepareWhenTheGroupIsClosedMeanwhile() throws Exception {
+        List<CudaLayer> layers = open(2, Duration.ofSeconds(20));
+        CompletableFuture<Void> preparing =
+                CompletableFuture.runAsync(() -> layers.get(0).prepare());
+        Thread.sleep(100);
+        assertThat(preparing).isNotDone();
+        layers.get(1).config().group().close();
+        assertThatThrownBy(() -> preparing.get(5, TimeUnit.SECONDS))
+                .hasCauseInstanceOf(GroupException.class)
+                .hasMessageContaining("rank 1 has closed its group");
+        layers.forEach(CudaLayer::close);
+        assertThat(recording.leaks()).isEmpty();
+    }
+
+    @Test
+    void shouldSayWhoseWritesDidNotArrive() {
+        int[] reads = {0};
+        Driver broken =
+                forwarding(
+                        recording,
+                        (method, arguments) -> {
+                            if (method.equals("memcpyDtoH") && ++reads[0] % 2 == 0) {
+                                ByteBuffer to = (ByteBuffer) arguments[0];
+                                to.put(to.limit() - 1, (byte) 1);
+                            }
+                        });
+        List<CudaLayer> layers = new ArrayList<>();
+        List<Group> groups = Group.inProcess(2);
+        layers.add(open(recording, config().group(groups.get(0)).build()));
+        layers.add(open(broken, config().group(groups.get(1)).build()));
+        List<String> messages = new ArrayList<>(Arrays.asList("", ""));
+        Group.together(
+                layers,
+                layer -> {
+                    try {
+                        layer.prepare();
+                    } catch (RuntimeException e) {
+                        messages.set(layer.config().group().rank(), e.getMessage());
+                    }
+                });
+        assertThat(messages.get(1))
+                .contains("what ranks [0, 1] wrote did not arrive in the memory of rank 1");
+        assertThat(messages.get(0)).contains("rank 1 failed while the layer was prepared");
+        layers.forEach(CudaLayer::close);
+        assertThat(recording.leaks()).isEmpty();
+    }
+
+    private interface After {
+        void call(String method, Object[] arguments);
+    }
+
+    private static Driver forwarding(Driver driver, After after) {
+        return (Driver)
+                Proxy.newProxyInstance(
+                        Driver.class.getClassLoader(),
+                        new Class<?>[] {Driver.class},
+                        (proxy, method, arguments) -> {
+                            try {
+                                Object result = method.invoke(driver, arguments);
+                                after.call(method.getName(), arguments);
+                                return result;
+                            } catch (InvocationTargetException e) {
+                                throw e.getCause();
+                            }
+                        });
+    }
+
+    /** Rank 1 is said to be another process on another GPU, and does what rank 0 does. */
+    private record Mirror(UnaryOperator<byte[]> peer, List<String> said) implements Group {
+        @Override
+        public int rank() {
+            return 0;
+        }
+
+        @Override
+        public int ranks() {
+            return 2;
+        }
+
+        @Override
+        public List<byte[]> exchange(String what, byte[] mine) {
+            said.add(what);
+            return List.of(mine, what.equals("configuration") ? peer.apply(mine) : mine);
+        }
+
+        @Override
+        public List<byte[]> meet(String what, byte[] mine, Set<Integer> members) {
+            return exchange(what, mine);
+        }
+
+        @Override
+        public CompletableFuture<Void> announce(String what) {
+            said.add(what);
+            return CompletableFuture.completedFuture(null);
+        }
+
+        @Override
+        public void close() {}
+    }
+
+    @Test
+    void shouldMapTheMemoryOfOtherProcessesAndUnmapItBeforeItsOwnGoes() {
+        UnaryOperator<byte[]> elsewhere =
+                mine -> {
+                    byte[] theirs = mine.clone();
+                    theirs[1] ^= 1; // the process
+                    String text = new String(theirs, StandardCharsets.ISO_8859_1);
+                    return text.replace("0000:01:00.0", "0000:02:00.0")
+                            .getBytes(StandardCharsets.ISO_8859_1);
+                };
+        Mirror group = new Mirror(elsewhere, new ArrayList<>());
+        CudaLayer layer = open(recording, config().group(group).build());
+        layer.prepare();
+        assertThat(recording.calls(Call.IPC_GET_MEM_HANDLE)).as("handles").hasSize(2);
+        assertThat(recording.calls(Call.IPC_OPEN_MEM_HANDLE)).hasSize(2);
+        assertThat(recording.calls(Call.CTX_ENABLE_PEER_ACCESS)).isEmpty();
+        recording.clearCalls();
+        layer.close();
+        List<Call> order =
+                recording.calls(Call.IPC_CLOSE_MEM_HANDLE, Call.MEM_FREE).stream()
+                        .map(RecordingDriver.Recorded::call)
+                        .toList();
+        assertThat(order.lastIndexOf(Call.IPC_CLOSE_MEM_HANDLE)).isLessThan(order.size() - 2);
+        assertThat(order.subList(order.size() - 2, order.size()))
+                .as("the two regions go last")
+                .containsOnly(Call.MEM_FREE);
+        assertThat(group.said().get(group.said().size() - 1)).startsWith("closed of layer ");
+        assertThat(recording.leaks()).isEmpty();
+    }
+
+    @Test
+    void shouldRefuseAGroupOnTheCpu() {
+        MoeConfig config = config().group(Group.inProcess(2).get(1)).backend("cpu").build();
+        assertThatThrownBy(() -> Moe.open(config))
+                .isInstanceOf(IllegalArgumentException.class)
+                .hasMessageContaining("the CPU backend runs all ranks in one process");
+        assertThatThrownBy(() -> config.toBuilder().ranks(3).build())
+                .hasMessageContaining("ranks=3 but the group has 2");
+    }
+}
