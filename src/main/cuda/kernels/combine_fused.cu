@@ -405,22 +405,22 @@ __device__ __forceinline__ void combine(const StepParams& p) {
 
 }  // namespace moe
 
-extern "C" __global__ __launch_bounds__(moe::kSumThreads)
+extern "C" __global__ __launch_bounds__(moe::kSumThreads, 1)
 void moe_combine_local(const __grid_constant__ moe::StepParams p) {
     moe::combine<false, true, true>(p);
 }
 
-extern "C" __global__ __launch_bounds__(moe::kSumThreads)
+extern "C" __global__ __launch_bounds__(moe::kSumThreads, 1)
 void moe_combine_lines(const __grid_constant__ moe::StepParams p) {
     moe::combine<true, true, true>(p);
 }
 
-extern "C" __global__ __launch_bounds__(moe::kSumThreads)
+extern "C" __global__ __launch_bounds__(moe::kSumThreads, 1)
 void moe_combine_send_lines(const __grid_constant__ moe::StepParams p) {
     moe::combine<true, true, false>(p);
 }
 
-extern "C" __global__ __launch_bounds__(moe::kSumThreads)
+extern "C" __global__ __launch_bounds__(moe::kSumThreads, 1)
 void moe_combine_recv_lines(const __grid_constant__ moe::StepParams p) {
     moe::combine<true, false, true>(p);
 }

@@ -829,25 +829,25 @@ __device__ __forceinline__ void dispatch(const StepParams& p, IndexShared& share
 
 }  // namespace moe
 
-extern "C" __global__ __launch_bounds__(moe::kFusedThreads)
+extern "C" __global__ __launch_bounds__(moe::kFusedThreads, 1)
 void moe_dispatch_local(const __grid_constant__ moe::StepParams p) {
     __shared__ moe::IndexShared shared;
     moe::dispatch<false, true, true>(p, shared);
 }
 
-extern "C" __global__ __launch_bounds__(moe::kFusedThreads)
+extern "C" __global__ __launch_bounds__(moe::kFusedThreads, 1)
 void moe_dispatch_lines(const __grid_constant__ moe::StepParams p) {
     __shared__ moe::IndexShared shared;
     moe::dispatch<true, true, true>(p, shared);
 }
 
-extern "C" __global__ __launch_bounds__(moe::kFusedThreads)
+extern "C" __global__ __launch_bounds__(moe::kFusedThreads, 1)
 void moe_dispatch_send_lines(const __grid_constant__ moe::StepParams p) {
     __shared__ moe::IndexShared shared;
     moe::dispatch<true, true, false>(p, shared);
 }
 
-extern "C" __global__ __launch_bounds__(moe::kFusedThreads)
+extern "C" __global__ __launch_bounds__(moe::kFusedThreads, 1)
 void moe_dispatch_recv_lines(const __grid_constant__ moe::StepParams p) {
     __shared__ moe::IndexShared shared;
     moe::dispatch<true, false, true>(p, shared);
