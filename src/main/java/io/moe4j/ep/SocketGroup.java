@@ -421,7 +421,7 @@ final class SocketGroup extends MeshGroup {
             }
             return key.isReadable() ? receive(peer) : null;
         } catch (IOException e) {
-            return "is out of reach: " + e.getMessage();
+            return GONE; // why not the reason: what a dead process did not read resets the socket
         } catch (Frame.Malformed e) {
             return "sent " + e.getMessage();
         }
