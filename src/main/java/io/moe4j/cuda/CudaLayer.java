@@ -974,8 +974,7 @@ final class CudaLayer implements MoeLayer {
                 }
                 context.driver().contextSynchronize();
                 Recovery agreed = agree(members);
-                long mask =
-                        members.stream().mapToLong(rank -> 1L << rank).reduce(0L, (a, b) -> a | b);
+                long mask = PeerMemory.maskOf(members);
                 for (CudaHandle handle : handles) {
                     handle.begin(agreed.epoch(), mask);
                 }
