@@ -8,6 +8,7 @@
 //                             wait at once, recovery by generation, a rank left out
 //   ep_main time              medians of a pair in a graph of 16, maximum over GPUs
 //   ep_main sweep             the same, for several numbers of CTAs
+//   ep_main sizes             the same, and larger steps: where lines stop to pay
 #include <algorithm>
 #include <atomic>
 #include <barrier>
@@ -116,6 +117,12 @@ __global__ __launch_bounds__(256) void trivial_expert(const __grid_constant__ St
     }
 }
 
+// Stands for experts in timings: nothing but its place in the order of kernels.
+__global__ __launch_bounds__(32) void empty_expert(const __grid_constant__ StepParams p) {
+    moe::ptx::wait_for_previous_grid();
+    moe::ptx::allow_next_grid();
+}
+
 __global__ void delay_kernel(uint64_t ns) {
     const uint64_t start = moe::ptx::globaltimer_ns();
     while (moe::ptx::globaltimer_ns() - start < ns) {
@@ -142,7 +149,7 @@ struct Config {
     int variants = 8;  // inputs in device memory at once
     int dispatch_ctas = 0, combine_ctas = 0;
     int pairs = 1;
-    bool expert = true, one_cta = false;
+    bool empty = false, one_cta = false;  // empty: no expert, for timings
     uint64_t timeout_ns = 5000000000ull;
     std::string text() const {
         char s[160];
@@ -508,7 +515,7 @@ class Group {
         CHECK_CUDA(cudaStreamBeginCapture(streams[gpu], cudaStreamCaptureModeThreadLocal));
         for (int i = 0; i < c.pairs; i++) {
             enqueue_dispatch(gpu, form);
-            if (c.expert) enqueue_experts(gpu);
+            enqueue_experts(gpu);
             enqueue_combine(gpu, form);
         }
         CHECK_CUDA(cudaStreamEndCapture(streams[gpu], &graph));
@@ -561,6 +568,10 @@ class Group {
         }
     }
     void enqueue_experts(int gpu) {
+        if (c.empty) {
+            run(gpu, empty_expert, sms, 32, true);
+            return;
+        }
         run(gpu, trivial_expert, std::min<int64_t>(sms, static_cast<int64_t>(c.R) * c.M * std::min(c.K, L)), 256, true);
     }
     void enqueue_combine(int gpu, Form form) {
@@ -871,16 +882,17 @@ double time_config(Config c, int tokens, Form form) {
     return us;
 }
 
-void time_all(int gpus, bool sweep) {
+void time_all(int gpus, bool sweep, bool thresholds) {
     const struct { int H, E, T; double aim; } cases[] = {
         {7168, 256, 1, 8}, {7168, 256, 8, 8.5}, {7168, 256, 32, 10}, {7168, 256, 128, 19},
         {2048, 128, 1, 8}, {2048, 128, 8, 8}, {2048, 128, 32, 8.5}, {2048, 128, 128, 10.7}};
-    std::printf("us per pair, graph of 16, trivial expert between (none: without); R = GPUs, K 8\n");
+    std::printf("us per pair, graph of 16, an empty kernel between; R GPUs, K 8, M = T unless said\n");
     for (int R : {1, gpus}) {
-        if (R == 1 && gpus == 1) continue;
+        if (R == 1 && gpus == 1 && thresholds) continue;
         for (const auto& k : cases) {
             Config c;
             c.G = R, c.R = R, c.K = 8, c.E = k.E, c.H = k.H, c.M = k.T, c.wire = R == 1 ? moe::kRows : moe::kLines;
+            c.empty = true;
             const double fused = time_config(c, k.T, kFused);
             Config big = c;
             big.M = 128;
@@ -888,33 +900,29 @@ void time_all(int gpus, bool sweep) {
             const double split = time_config(c, k.T, kSplit);
             c.wire = moe::kRows;
             const double rows = time_config(c, k.T, kSplit);
-            std::printf("R %d H %d T %3d: fused %6.2f (aim %.1f), fused of M 128 %6.2f, split %6.2f, rows split %6.2f", R, k.H, k.T, fused, k.aim, of_128, split, rows);
-            if (R > 1) {
-                c.wire = moe::kLines, c.expert = false;
-                std::printf(", none %6.2f", time_config(c, k.T, kFused));
-            }
-            std::printf("\n");
+            std::printf("R %d H %d T %3d: fused %6.2f (aim %.1f), fused of M 128 %6.2f, split %6.2f, rows split %6.2f\n", R, k.H, k.T, fused, k.aim, of_128, split, rows);
             std::fflush(stdout);
-            if (sweep && R > 1) {
-                c.expert = true;
-                for (int ctas : {4, 8, 16, 32, 64, 96, 132}) {
-                    Config d = c;
-                    d.dispatch_ctas = ctas;
-                    Config e = c;
-                    e.combine_ctas = ctas;
-                    std::printf("    CTAs %3d: dispatch %6.2f combine %6.2f\n", ctas, time_config(d, k.T, kFused), time_config(e, k.T, kFused));
-                }
+            for (int ctas : {4, 8, 16, 32, 64, 96, 132}) {
+                if (!sweep || R == 1) break;
+                c.wire = moe::kLines;
+                Config d = c;
+                d.dispatch_ctas = ctas;
+                Config e = c;
+                e.combine_ctas = ctas;
+                std::printf("    CTAs %3d: dispatch %6.2f combine %6.2f\n", ctas, time_config(d, k.T, kFused), time_config(e, k.T, kFused));
             }
         }
     }
-    if (gpus > 1) {
+    for (int R : {1, gpus}) {
         for (int H : {2048, 7168}) {
-            for (int M : {256, 512, 1024, 2048}) {
+            for (int M : {256, 512, 1024, 2048, 4096}) {
+                if (!thresholds || (R == 1 && gpus == 1) || (R > 1 && M > 1024)) break;
                 Config c;
-                c.G = c.R = gpus, c.K = 8, c.E = 128, c.H = H, c.M = M;
-                const double lines = time_config(c, M, kFused);
+                c.G = c.R = R, c.K = 8, c.E = 128, c.H = H, c.M = M, c.wire = R == 1 ? moe::kRows : moe::kLines, c.empty = true;
+                const double one = time_config(c, 1, kFused), all = time_config(c, M, kFused);
                 c.wire = moe::kRows;
-                std::printf("R %d H %d T %d: lines fused %.2f, rows split %.2f\n", gpus, H, M, lines, time_config(c, M, kSplit));
+                std::printf("R %d H %d M %d: T 1 fused %.2f split %.2f, T %d fused %.2f split %.2f\n", R, H, M, one,
+                            time_config(c, 1, kSplit), M, all, time_config(c, M, kSplit));
                 std::fflush(stdout);
             }
         }
@@ -938,8 +946,9 @@ int main(int argc, char** argv) {
     std::printf("%s on %d GPUs\n", mode.c_str(), gpus);
     if (mode == "fuzz") fuzz(gpus, budget);
     else if (mode == "faults") faults(gpus);
-    else if (mode == "time") time_all(gpus, false);
-    else if (mode == "sweep") time_all(gpus, true);
+    else if (mode == "time") time_all(gpus, false, false);
+    else if (mode == "sweep") time_all(gpus, true, false);
+    else if (mode == "sizes") time_all(gpus, false, true);
     std::printf("%s: %ld checks, %d failed\n", g_failed ? "FAILED" : "ok", g_checked.load(), g_failed.load());
     return g_failed ? 1 : 0;
 }

@@ -51,11 +51,54 @@ __host__ __device__ constexpr int64_t dispatch_lines_of(int max_tokens, int hidd
            static_cast<int64_t>(max_tokens) * dispatch_row_lines(hidden_pad, top_k);
 }
 
+// A local rank and the regions of all ranks, in shared memory: what bind wrote and no step changes, so
+// that a kernel may read it before the one before it has ended.
+struct Here : LocalRank {
+    uint8_t* regions[kMaxRanks];
+
+    __device__ __forceinline__ Symmetric of(const StepParams& p, int rank) const {
+        return Symmetric{regions[rank], p};
+    }
+    __device__ __forceinline__ Symmetric own(const StepParams& p) const { return of(p, this->rank); }
+};
+
+// Ends with a barrier.
+__device__ __forceinline__ void load_here(Here& here, const StepParams& p) {
+    static_assert(sizeof(LocalRank) % 8 == 0, "copied in words of 8 bytes");
+    const uint64_t* from = reinterpret_cast<const uint64_t*>(p.locals + blockIdx.y);
+    uint64_t* to = reinterpret_cast<uint64_t*>(static_cast<LocalRank*>(&here));
+    for (int i = threadIdx.x; i < static_cast<int>(sizeof(LocalRank) / 8); i += blockDim.x) {
+        to[i] = from[i];
+    }
+    const int rank = static_cast<int>(threadIdx.x) - 64;  // other warps than those above
+    if (rank >= 0 && rank < p.num_ranks) {
+        here.regions[rank] = p.ranks[rank].symmetric;
+    }
+    __syncthreads();
+}
+
+// A warp's lines, all lanes together. why the barrier: only a warp that is converged stores or loads a
+// line in one transaction; in two, a reader may see the epoch and half of the payload of an older step.
+__device__ __forceinline__ void store_lines(uint8_t* address, uint4 value, bool active) {
+    __syncwarp();
+    if (active) {
+        ptx::store_line_sys(address, value);
+    }
+}
+
+__device__ __forceinline__ void load_lines(uint4& value, const uint8_t* address, bool active) {
+    __syncwarp();
+    if (active) {
+        value = ptx::load_line_sys(address);
+    }
+}
+
 struct Lines {
     uint8_t* base;
     const StepParams& p;
 
-    __device__ __forceinline__ Lines(const StepParams& p, int rank) : base(p.ranks[rank].symmetric), p(p) {}
+    __device__ __forceinline__ Lines(const StepParams& p, const Here& here, int rank)
+        : base(here.regions[rank]), p(p) {}
 
     __device__ __forceinline__ uint8_t* ids(int source, int line) const {
         return base + p.off_dispatch_lines +

@@ -78,7 +78,7 @@ struct ResultPiece {
 
 // The experts' rows of a slot, weighted and summed in k order in float32, as bf16. False: it has none.
 template <bool kPeers>
-__device__ __forceinline__ bool weighted_piece(const StepParams& p, const LocalRank& me, const Symmetric& mine,
+__device__ __forceinline__ bool weighted_piece(const StepParams& p, const Here& me, const Symmetric& mine,
                                                int64_t slot, const ResultPiece<kPeers>& piece, uint4& result) {
     const int lane = threadIdx.x % 32;
     int id = -1;
@@ -131,9 +131,9 @@ __device__ __forceinline__ bool weighted_piece(const StepParams& p, const LocalR
 
 // Rows for other ranks, in lines; if somebody else sums, also the own, in place.
 template <bool kRecv>
-__device__ __forceinline__ void send_results(const StepParams& p, const LocalRank& me, uint64_t epoch,
+__device__ __forceinline__ void send_results(const StepParams& p, const Here& me, uint64_t epoch,
                                              uint64_t members, int mover, int movers) {
-    const Symmetric mine = symmetric_of(p, me.rank);
+    const Symmetric mine = me.own(p);
     const int pieces = ResultPiece<true>::count(p);
     const int sources = kRecv ? p.num_ranks - 1 : p.num_ranks;
     int most = 0;
@@ -150,14 +150,14 @@ __device__ __forceinline__ void send_results(const StepParams& p, const LocalRan
                 continue;
             }
             uint4 v;
-            if (!weighted_piece<true>(p, me, mine, mine.slot(source, token), piece, v) || !piece.inside) {
+            if (!weighted_piece<true>(p, me, mine, mine.slot(source, token), piece, v)) {
                 continue;
             }
             if (source == me.rank) {
                 piece.store(p, mine.combine_row(mine.slot(source, token)), v);
             } else {
-                ptx::store_line_sys(Lines(p, source).result(me.rank, token) + piece.byte,
-                                    with_epoch(v, piece.tail, epoch));
+                store_lines(Lines(p, me, source).result(me.rank, token) + piece.byte,
+                            with_epoch(v, piece.tail, epoch), piece.inside);
             }
         }
     }
@@ -165,7 +165,7 @@ __device__ __forceinline__ void send_results(const StepParams& p, const LocalRan
 
 // sigmoid(shared_gate . hidden[token]) by one warp, in the order of shared_scale in combine_recv.cu: that
 // of a CTA of 256 threads.
-__device__ __forceinline__ float shared_scale_of_warp(const StepParams& p, const LocalRank& me, int token,
+__device__ __forceinline__ float shared_scale_of_warp(const StepParams& p, const Here& me, int token,
                                                       bool vectors) {
     const int lane = threadIdx.x % 32;
     double all = 0.0;
@@ -221,7 +221,7 @@ __device__ __forceinline__ void store_4(void* base, int64_t index, float a, floa
 
 // The sum of a token's ranks. False: a peer's lines did not come.
 template <bool kPeers, bool kSend>
-__device__ __forceinline__ bool sum_piece(const StepParams& p, const LocalRank& me, const Symmetric& mine, int token,
+__device__ __forceinline__ bool sum_piece(const StepParams& p, const Here& me, const Symmetric& mine, int token,
                                           const ResultPiece<kPeers>& piece, uint64_t epoch, float (&sum)[8]) {
     uint64_t ranks = me.home_mask[token];
     uint4 own = make_uint4(0, 0, 0, 0);
@@ -239,7 +239,7 @@ __device__ __forceinline__ bool sum_piece(const StepParams& p, const LocalRank& 
         }
         return true;
     } else {
-    const Lines lines(p, me.rank);
+    const Lines lines(p, me, me.rank);
     bool any = false;
     while (ranks != 0) {
         uint4 rows[kRowsAtOnce];
@@ -262,7 +262,7 @@ __device__ __forceinline__ bool sum_piece(const StepParams& p, const LocalRank& 
 #pragma unroll
             for (int i = 0; i < kRowsAtOnce; i++) {
                 if (pending >> i & 1) {
-                    rows[i] = ptx::load_line_sys(lines.result(from[i], token) + (piece.inside ? piece.byte : 0));
+                    load_lines(rows[i], lines.result(from[i], token) + piece.byte, piece.inside);
                 }
             }
             bool late = false;
@@ -303,9 +303,9 @@ __device__ __forceinline__ bool sum_piece(const StepParams& p, const LocalRank& 
 }
 
 template <bool kPeers, bool kSend>
-__device__ __forceinline__ void sum_tokens(const StepParams& p, const LocalRank& me, uint64_t epoch, int mover,
+__device__ __forceinline__ void sum_tokens(const StepParams& p, const Here& me, uint64_t epoch, int mover,
                                            int movers) {
-    const Symmetric mine = symmetric_of(p, me.rank);
+    const Symmetric mine = me.own(p);
     const int pieces = ResultPiece<kPeers>::count(p);
     const int units = *me.home_tokens * pieces;
     const bool in_vectors = rows_are_vectors(me.hidden, p.hidden, p.hidden_dtype);
@@ -351,21 +351,52 @@ __device__ __forceinline__ void sum_tokens(const StepParams& p, const LocalRank&
     }
 }
 
+// Asks for what dispatch has written for this warp's first pieces, while the experts still run.
+// why that is safe: a kernel that starts before the experts end starts after they have seen dispatch end
+template <bool kPeers>
+__device__ __forceinline__ void prefetch_first_tokens(const StepParams& p, const Here& me, int mover) {
+    const int lane = threadIdx.x % 32;
+    const Symmetric mine = me.own(p);
+    const int token = mover / ResultPiece<kPeers>::count(p);
+    if (token >= p.max_tokens) {
+        return;
+    }
+    if (lane == 0) {
+        ptx::prefetch_l1(me.home_tokens);
+        ptx::prefetch_l1(me.home_mask + token);
+        ptx::prefetch_l1(mine.recv_tokens());
+    }
+    for (int rank = lane / 4; rank < p.num_ranks; rank += 8) {
+        const int64_t slot = mine.slot(rank, token);
+        if (lane % 4 == 0) {
+            ptx::prefetch_l1(mine.recv_ids(slot));
+        } else if (lane % 4 == 1) {
+            ptx::prefetch_l1(mine.recv_weights(slot));
+        } else if (lane % 4 == 2) {
+            ptx::prefetch_l1(me.packed_row_of + slot * p.top_k);
+        }
+    }
+}
+
 template <bool kPeers, bool kSend, bool kRecv>
-__device__ __forceinline__ void combine(const StepParams& p) {
-    ptx::wait_for_previous_grid();
-    const LocalRank& me = p.locals[blockIdx.y];
+__device__ __forceinline__ void combine(const StepParams& p, Here& here) {
+    load_here(here, p);
+    const Here& me = here;
     const int mover = static_cast<int>(threadIdx.x / 32 * gridDim.x + blockIdx.x);
     const int movers = static_cast<int>(gridDim.x) * kSumWarps;
     const uint64_t epoch = me.epoch[kThisStep];
     const uint64_t members = *me.members;
+    if (kSend) {
+        prefetch_first_tokens<kPeers>(p, me, mover);
+    }
+    ptx::wait_for_previous_grid();
     const bool silent = has_fault(me);
     if (kPeers && kSend && blockIdx.x == 0 && threadIdx.x < p.num_ranks) {
         // What the peers sent was copied by the dispatch kernel, which has ended
         if (silent) {
             tell_peer(p, me, threadIdx.x);
         } else if (is_member(members, threadIdx.x)) {
-            ptx::store_relaxed_sys(symmetric_of(p, threadIdx.x).combine_flags() + me.rank, epoch);
+            ptx::store_relaxed_sys(me.of(p, threadIdx.x).combine_flags() + me.rank, epoch);
         }
     }
     if (kPeers && kSend && !silent) {
@@ -378,7 +409,7 @@ __device__ __forceinline__ void combine(const StepParams& p) {
         sum_tokens<kPeers, kSend>(p, me, epoch, mover, movers);
     }
     if (kPeers && blockIdx.x == 0) {
-        wait_for_all_peers(symmetric_of(p, me.rank).combine_flags(), epoch, p, me, kOpCombineRecv, kPeerWaitedCombine);
+        wait_for_all_peers(me.own(p).combine_flags(), epoch, p, me, kOpCombineRecv, kPeerWaitedCombine);
     }
     __shared__ bool last;
     __syncthreads();
@@ -407,20 +438,24 @@ __device__ __forceinline__ void combine(const StepParams& p) {
 
 extern "C" __global__ __launch_bounds__(moe::kSumThreads, 1)
 void moe_combine_local(const __grid_constant__ moe::StepParams p) {
-    moe::combine<false, true, true>(p);
+    __shared__ moe::Here here;
+    moe::combine<false, true, true>(p, here);
 }
 
 extern "C" __global__ __launch_bounds__(moe::kSumThreads, 1)
 void moe_combine_lines(const __grid_constant__ moe::StepParams p) {
-    moe::combine<true, true, true>(p);
+    __shared__ moe::Here here;
+    moe::combine<true, true, true>(p, here);
 }
 
 extern "C" __global__ __launch_bounds__(moe::kSumThreads, 1)
 void moe_combine_send_lines(const __grid_constant__ moe::StepParams p) {
-    moe::combine<true, true, false>(p);
+    __shared__ moe::Here here;
+    moe::combine<true, true, false>(p, here);
 }
 
 extern "C" __global__ __launch_bounds__(moe::kSumThreads, 1)
 void moe_combine_recv_lines(const __grid_constant__ moe::StepParams p) {
-    moe::combine<true, false, true>(p);
+    __shared__ moe::Here here;
+    moe::combine<true, false, true>(p, here);
 }

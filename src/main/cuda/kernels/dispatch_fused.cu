@@ -49,7 +49,7 @@ struct HomeTokens {
 };
 
 template <bool kFused>
-__device__ __forceinline__ HomeTokens home_tokens(const StepParams& p, const LocalRank& me) {
+__device__ __forceinline__ HomeTokens home_tokens(const StepParams& p, const Here& me) {
     HomeTokens home;
     home.sanitise = kFused && p.routing_input == kTopK;
     home.ids = home.sanitise ? me.topk_ids : me.home_ids;
@@ -92,7 +92,7 @@ struct RowPiece {
 };
 
 template <bool kPeers>
-__device__ __forceinline__ uint4 load_piece(const StepParams& p, const LocalRank& me, const float* weights,
+__device__ __forceinline__ uint4 load_piece(const StepParams& p, const Here& me, const float* weights,
                                             int token, const RowPiece<kPeers>& piece, bool vectors) {
     const int64_t row = static_cast<int64_t>(token) * p.hidden;
     if constexpr (!kPeers) {
@@ -144,7 +144,7 @@ __device__ __forceinline__ uint64_t ranks_of(const StepParams& p, int id) {
 
 // A rank's rows to the ranks of their experts: own slots plainly, others in lines. mover of movers warps.
 template <bool kPeers, bool kFused>
-__device__ __forceinline__ HomeTokens send_rows(const StepParams& p, const LocalRank& me, int mover, int movers) {
+__device__ __forceinline__ HomeTokens send_rows(const StepParams& p, const Here& me, int mover, int movers) {
     const int lane = threadIdx.x % 32;
     const int pieces = RowPiece<kPeers>::count(p);
     const bool vectors = rows_are_vectors(me.hidden, p.hidden, p.hidden_dtype);
@@ -188,6 +188,13 @@ __device__ __forceinline__ HomeTokens send_rows(const StepParams& p, const Local
             const int token = unit / pieces;
             const RowPiece<kPeers> piece(p, unit - token * pieces);
             uint64_t ranks = ranks_of(p, id[i]) & home.members;
+            if (kPeers) {
+                const uint4 line = with_epoch(words[i], piece.tail, home.epoch);
+                for (uint64_t left = ranks & ~(1ull << me.rank); left != 0; left &= left - 1) {
+                    const int rank = __ffsll(static_cast<long long>(left)) - 1;
+                    store_lines(Lines(p, me, rank).row(me.rank, token) + piece.byte, line, piece.inside);
+                }
+            }
             if (!piece.inside) {
                 continue;
             }
@@ -195,15 +202,8 @@ __device__ __forceinline__ HomeTokens send_rows(const StepParams& p, const Local
                 store_piece<kPeers>(p, me.home_rows + static_cast<int64_t>(token) * p.hidden_pad, piece, words[i]);
             }
             if (is_member(ranks, me.rank)) {
-                const Symmetric mine = symmetric_of(p, me.rank);
+                const Symmetric mine = me.own(p);
                 store_piece<kPeers>(p, mine.recv_row(mine.slot(me.rank, token)), piece, words[i]);
-            }
-            if (kPeers) {
-                const uint4 line = with_epoch(words[i], piece.tail, home.epoch);
-                for (ranks &= ~(1ull << me.rank); ranks != 0; ranks &= ranks - 1) {
-                    const int rank = __ffsll(static_cast<long long>(ranks)) - 1;
-                    ptx::store_line_sys(Lines(p, rank).row(me.rank, token) + piece.byte, line);
-                }
             }
         }
     }
@@ -243,14 +243,14 @@ __device__ __forceinline__ void keep_piece(const StepParams& p, const Symmetric&
 
 // What has come from the peers, to the slots of this rank. A warp looks at the ids of a token and at a
 // piece of its row together; a token without an expert here has no row.
-__device__ __forceinline__ void unpack_rows(const StepParams& p, const LocalRank& me, const HomeTokens& home,
+__device__ __forceinline__ void unpack_rows(const StepParams& p, const Here& me, const HomeTokens& home,
                                             int mover, int movers) {
     const int lane = threadIdx.x % 32;
     const int pieces = RowPiece<true>::count(p);
     const int peers = p.num_ranks - 1;
     const int each = tokens_per_id_line(p.top_k);
-    const Symmetric mine = symmetric_of(p, me.rank);
-    const Lines lines(p, me.rank);
+    const Symmetric mine = me.own(p);
+    const Lines lines(p, me, me.rank);
     const bool tail = lane % kLanesPerLine == kLanesPerLine - 1;
     // Turns: units (token, piece) one after another, each for all peers
     const int per_peer = p.max_tokens * pieces;
@@ -279,8 +279,8 @@ __device__ __forceinline__ void unpack_rows(const StepParams& p, const LocalRank
             for (int i = 0; i < kPiecesInFlight; i++) {
                 if (pending >> i & 1) {
                     const RowPiece<true> piece(p, piece_of[i]);
-                    ids[i] = ptx::load_line_sys(lines.ids(source[i], token[i] / each) + lane % kLanesPerLine * 16);
-                    words[i] = ptx::load_line_sys(lines.row(source[i], token[i]) + (piece.inside ? piece.byte : 0));
+                    load_lines(ids[i], lines.ids(source[i], token[i] / each) + lane % kLanesPerLine * 16, true);
+                    load_lines(words[i], lines.row(source[i], token[i]) + piece.byte, piece.inside);
                 }
             }
             bool late = false;
@@ -403,7 +403,7 @@ struct ListBuilder {
 // A group of this rank's own tokens, as many as a warp's lines hold: sanitised if the ids are the
 // caller's, kept as received from itself, counted, and told to every peer.
 template <bool kPeers, bool kSend, bool kRecv>
-__device__ __forceinline__ void own_group(const StepParams& p, const LocalRank& me, const HomeTokens& home,
+__device__ __forceinline__ void own_group(const StepParams& p, const Here& me, const HomeTokens& home,
                                           ListBuilder<kPeers>& lists, int group, bool mine_to_write,
                                           uint32_t (&soft)[3]) {
     const int lane = threadIdx.x % 32;
@@ -411,7 +411,7 @@ __device__ __forceinline__ void own_group(const StepParams& p, const LocalRank& 
     const int each = tokens_per_id_line(top_k);
     const int in_group = kWarpLines * each;
     uint16_t* stage = lists.shared.stage[threadIdx.x / 32];
-    const Symmetric own = symmetric_of(p, me.rank);
+    const Symmetric own = me.own(p);
     if (kPeers && kSend) {
         for (int i = lane; i < in_group * top_k; i += 32) {
             stage[i] = kNoEntry;
@@ -499,17 +499,15 @@ __device__ __forceinline__ void own_group(const StepParams& p, const LocalRank& 
         if (part == 0) {
             words[0] = static_cast<uint32_t>(home.count);
         }
-        if (line < id_lines(p.max_tokens, top_k)) {
-            ptx::store_line_sys(
-                Lines(p, rank).ids(me.rank, line) + part * 16,
-                with_epoch(make_uint4(words[0], words[1], words[2], words[3]), part == kLanesPerLine - 1, home.epoch));
-        }
+        store_lines(Lines(p, me, rank).ids(me.rank, line) + part * 16,
+                    with_epoch(make_uint4(words[0], words[1], words[2], words[3]), part == kLanesPerLine - 1, home.epoch),
+                    line < id_lines(p.max_tokens, top_k));
     }
     __syncwarp();
 }
 
 // A group of a peer's tokens. False: its lines did not come.
-__device__ __forceinline__ bool peer_group(const StepParams& p, const LocalRank& me, const HomeTokens& home,
+__device__ __forceinline__ bool peer_group(const StepParams& p, const Here& me, const HomeTokens& home,
                                            ListBuilder<true>& lists, int source, int group) {
     const int lane = threadIdx.x % 32;
     const int top_k = p.top_k;
@@ -517,12 +515,12 @@ __device__ __forceinline__ bool peer_group(const StepParams& p, const LocalRank&
     const int line = group * kWarpLines + lane / kLanesPerLine;
     const bool inside = line < id_lines(p.max_tokens, top_k);
     const bool tail = lane % kLanesPerLine == kLanesPerLine - 1;
-    const Symmetric mine = symmetric_of(p, me.rank);
-    const uint8_t* from = Lines(p, me.rank).ids(source, line) + lane % kLanesPerLine * 16;
+    const Symmetric mine = me.own(p);
+    const uint8_t* from = Lines(p, me, me.rank).ids(source, line) + lane % kLanesPerLine * 16;
     LineWait wait(p, me, kOpDispatchRecv, home.epoch);
     uint4 v = make_uint4(0, 0, 0, 0);
     while (true) {
-        v = inside ? ptx::load_line_sys(from) : v;
+        load_lines(v, from, inside);
         const bool late = inside && tail && epoch_in(v) != home.epoch;
         if (!__any_sync(0xffffffffu, late)) {
             break;
@@ -589,7 +587,7 @@ __device__ __forceinline__ void sum_counts(IndexShared& shared, int experts) {
 }
 
 // After a fault no expert gets a row.
-__device__ __forceinline__ void write_no_rows(const StepParams& p, const LocalRank& me, int part, int parts) {
+__device__ __forceinline__ void write_no_rows(const StepParams& p, const Here& me, int part, int parts) {
     for (int e = part * kFusedThreads + threadIdx.x; e <= p.experts_per_rank; e += parts * kFusedThreads) {
         me.expert_offsets[e] = 0;
         if (e < p.experts_per_rank) {
@@ -611,10 +609,10 @@ __device__ __forceinline__ int bits_between(const uint32_t* bits, int from, int 
 }
 
 template <bool kPeers>
-__device__ __forceinline__ void write_lists(const StepParams& p, const LocalRank& me, ListBuilder<kPeers>& lists,
+__device__ __forceinline__ void write_lists(const StepParams& p, const Here& me, ListBuilder<kPeers>& lists,
                                             const int32_t* ids) {
     IndexShared& shared = lists.shared;
-    const Symmetric mine = symmetric_of(p, me.rank);
+    const Symmetric mine = me.own(p);
     const int top_k = p.top_k;
     for (int e = lists.begin + threadIdx.x; e < lists.end; e += kFusedThreads) {
         me.expert_counts[e] = shared.counts[e];
@@ -679,7 +677,7 @@ __device__ __forceinline__ void write_lists(const StepParams& p, const LocalRank
 
 // The ids of a rank: part of parts CTAs.
 template <bool kPeers, bool kSend, bool kRecv>
-__device__ __forceinline__ void index_ids(const StepParams& p, const LocalRank& me, IndexShared& shared, int part,
+__device__ __forceinline__ void index_ids(const StepParams& p, const Here& me, IndexShared& shared, int part,
                                           int parts) {
     const int warp = threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
@@ -749,7 +747,7 @@ __device__ __forceinline__ void index_ids(const StepParams& p, const LocalRank& 
     }
     if (!kRecv) {
         if (threadIdx.x == 0) {
-            symmetric_of(p, me.rank).recv_tokens()[me.rank] = home.count;
+            me.own(p).recv_tokens()[me.rank] = home.count;
         }
         return;
     }
@@ -759,15 +757,15 @@ __device__ __forceinline__ void index_ids(const StepParams& p, const LocalRank& 
     }
     ptx::allow_next_grid();
     if (part == 0 && threadIdx.x < p.num_ranks) {
-        symmetric_of(p, me.rank).recv_tokens()[threadIdx.x] = shared.tokens[threadIdx.x];
+        me.own(p).recv_tokens()[threadIdx.x] = shared.tokens[threadIdx.x];
     }
     sum_counts(shared, p.experts_per_rank);
-    const int32_t* ids = kPeers ? symmetric_of(p, me.rank).recv_ids(0) : home.ids;
+    const int32_t* ids = kPeers ? me.own(p).recv_ids(0) : home.ids;
     write_lists<kPeers>(p, me, lists, ids);
 
     // Rows of each source
     if (part == 0) {
-        const Symmetric mine = symmetric_of(p, me.rank);
+        const Symmetric mine = me.own(p);
         for (int source = 0; source < p.num_ranks; source++) {
             int rows = 0;
             for (int token = threadIdx.x; token < shared.tokens[source]; token += kFusedThreads) {
@@ -804,9 +802,10 @@ __device__ __forceinline__ int index_ctas(const StepParams& p) {
 }
 
 template <bool kPeers, bool kSend, bool kRecv>
-__device__ __forceinline__ void dispatch(const StepParams& p, IndexShared& shared) {
+__device__ __forceinline__ void dispatch(const StepParams& p, IndexShared& shared, Here& here) {
+    load_here(here, p);
+    const Here& me = here;
     ptx::wait_for_previous_grid();
-    const LocalRank& me = p.locals[blockIdx.y];
     const int parts = index_ctas<kPeers>(p);
     const int first = static_cast<int>(gridDim.x) - parts;  // the first that reads ids
     const int rows_ctas = max(first, 1);
@@ -832,23 +831,27 @@ __device__ __forceinline__ void dispatch(const StepParams& p, IndexShared& share
 extern "C" __global__ __launch_bounds__(moe::kFusedThreads, 1)
 void moe_dispatch_local(const __grid_constant__ moe::StepParams p) {
     __shared__ moe::IndexShared shared;
-    moe::dispatch<false, true, true>(p, shared);
+    __shared__ moe::Here here;
+    moe::dispatch<false, true, true>(p, shared, here);
 }
 
 extern "C" __global__ __launch_bounds__(moe::kFusedThreads, 1)
 void moe_dispatch_lines(const __grid_constant__ moe::StepParams p) {
     __shared__ moe::IndexShared shared;
-    moe::dispatch<true, true, true>(p, shared);
+    __shared__ moe::Here here;
+    moe::dispatch<true, true, true>(p, shared, here);
 }
 
 extern "C" __global__ __launch_bounds__(moe::kFusedThreads, 1)
 void moe_dispatch_send_lines(const __grid_constant__ moe::StepParams p) {
     __shared__ moe::IndexShared shared;
-    moe::dispatch<true, true, false>(p, shared);
+    __shared__ moe::Here here;
+    moe::dispatch<true, true, false>(p, shared, here);
 }
 
 extern "C" __global__ __launch_bounds__(moe::kFusedThreads, 1)
 void moe_dispatch_recv_lines(const __grid_constant__ moe::StepParams p) {
     __shared__ moe::IndexShared shared;
-    moe::dispatch<true, false, true>(p, shared);
+    __shared__ moe::Here here;
+    moe::dispatch<true, false, true>(p, shared, here);
 }

@@ -75,6 +75,11 @@ __device__ __forceinline__ void add_release_gpu(uint32_t* address, uint32_t valu
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
+// Brings a line to this multiprocessor; nothing waits for it.
+__device__ __forceinline__ void prefetch_l1(const void* address) {
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
+}
+
 __device__ __forceinline__ void fence_acq_rel_sys() {
     asm volatile("fence.acq_rel.sys;" ::: "memory");
 }

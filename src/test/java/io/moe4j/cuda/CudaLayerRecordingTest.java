@@ -259,7 +259,7 @@ class CudaLayerRecordingTest {
             long stream = recording.foreignStream();
             recording.clearCalls();
             try (MoeGraph graph = layer.capture(stream, step)) {
-                assertThat(graph.nodeCount()).isEqualTo(5);
+                assertThat(graph.nodeCount()).isEqualTo(9);
                 recording.clearCalls();
                 try (CheckedDriver.Zone zone = driver.noSyncZone("replay")) {
                     graph.launch(stream);
