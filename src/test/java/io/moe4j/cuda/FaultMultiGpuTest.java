@@ -175,6 +175,24 @@ class FaultMultiGpuTest {
         }
     }
 
+    @Test
+    void shouldWaitLongerInTheFirstStepOfAGeneration() throws Exception {
+        ranks[0].enqueue();
+        ranks[0].await();
+        assertThat(lost(ranks[0]).peer()).isEqualTo(1);
+        Group.together(List.of(ranks), rank -> rank.harness.layer.recover());
+        ranks[0].enqueue();
+        Thread.sleep(GpuRank.BUDGET.toMillis() * 2);
+        ranks[1].enqueue();
+        for (int r = 0; r < 2; r++) {
+            ranks[r].await();
+            ranks[r].harness.layer.check();
+            assertThat(ranks[r].output(TOKENS)).isDeepEqualTo(Arrays.copyOf(expected[r], TOKENS));
+        }
+        PeerStatistics waited = ranks[0].harness.layer.peers().get(1);
+        assertThat(Duration.ofNanos(waited.waitedNanos())).isGreaterThan(GpuRank.BUDGET);
+    }
+
     /** Tokens that choose an expert of a rank. */
     private static long visits(Batch batch, int rank) {
         int local = GpuRank.config().expertsPerRank();
