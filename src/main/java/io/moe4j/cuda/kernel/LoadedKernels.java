@@ -55,8 +55,7 @@ public final class LoadedKernels implements AutoCloseable {
         try {
             int sms = context.attribute(DeviceAttribute.MULTIPROCESSOR_COUNT);
             // why: code for older targets has no wait of its own for the kernel before
-            boolean hopper =
-                    catalog.defs().stream().anyMatch(KernelCatalog.KernelDef::hopperOnly);
+            boolean hopper = catalog.defs().stream().anyMatch(KernelCatalog.KernelDef::hopperOnly);
             boolean pdl = hopper && context.driver().pdlSupport().usable();
             for (KernelCatalog.KernelDef def : catalog.defs()) {
                 long function =

@@ -140,7 +140,8 @@ public final class DeviceLayout {
     /**
      * {@return whether rows travel in lines that carry the epoch, rather than as rows with a flag
      * behind them} A property of the layer, the same on all its ranks. Ranks of one GPU have no use
-     * for it. The system property {@code moe4j.cuda.wire} may ask for {@code lines} or {@code rows}.
+     * for it. The system property {@code moe4j.cuda.wire} may ask for {@code lines} or {@code
+     * rows}.
      *
      * @param config the layer's configuration
      */
