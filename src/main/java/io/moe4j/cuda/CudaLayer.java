@@ -11,6 +11,8 @@ import io.moe4j.MoeGraph;
 import io.moe4j.MoeLayer;
 import io.moe4j.Phase;
 import io.moe4j.ProgressListener;
+import io.moe4j.RankLostException;
+import io.moe4j.Recovery;
 import io.moe4j.RoutingInput;
 import io.moe4j.SoftCounters;
 import io.moe4j.StepInspection;
@@ -31,12 +33,15 @@ import io.moe4j.cuda.layout.CStruct;
 import io.moe4j.cuda.layout.DeviceLayout;
 import io.moe4j.cuda.layout.DeviceStructs;
 import io.moe4j.cuda.layout.Region;
+import io.moe4j.ep.Group;
+import io.moe4j.ep.PeerStatistics;
 import io.moe4j.observe.LayerFault;
 import io.moe4j.observe.LayerTrace;
 import io.moe4j.tensor.DType;
 import io.moe4j.tensor.Tensor;
 import java.nio.ByteBuffer;
 import java.nio.ByteOrder;
+import java.time.Duration;
 import java.util.ArrayDeque;
 import java.util.ArrayList;
 import java.util.Arrays;
@@ -60,6 +65,9 @@ import java.util.function.Supplier;
 final class CudaLayer implements MoeLayer {
     /** FaultCode kPeerAbort of step_params.cuh. */
     private static final int PEER_ABORT = 3;
+
+    /** What 16 bits of an epoch can tell apart. */
+    private static final int LAST_GENERATION = 65_535;
 
     private static final int ITEMS_MISSING = 4; // kInternal of step_params.cuh
 
@@ -88,7 +96,9 @@ final class CudaLayer implements MoeLayer {
     private ParamArena arena;
     private int graphs;
     private boolean freed;
+    private int generation;
     private volatile boolean prepared;
+    private volatile boolean recovering;
     private volatile boolean closed;
 
     /** Takes over {@code context}, which is released when the layer's memory is freed. */
@@ -145,6 +155,7 @@ final class CudaLayer implements MoeLayer {
                 freeOwned(e);
                 throw e;
             }
+            generation = 0;
             prepared = true;
         } finally {
             lock.unlock();
@@ -204,7 +215,9 @@ final class CudaLayer implements MoeLayer {
      * that waits for a peer.
      */
     private void warmUp() {
-        try (DeviceBuffer nothing = new DeviceBuffer(context, 256);
+        // why so large: a kernel may read a few tokens before it knows that there are none
+        long eager = 64L + 8L * Math.max(config.shape().hidden(), config.shape().topK()) * 4;
+        try (DeviceBuffer nothing = new DeviceBuffer(context, eager);
                 Stream stream = new Stream(context);
                 Scope scope = context.enter()) {
             context.driver().memsetD8(nothing.address(), (byte) 0, nothing.size());
@@ -212,10 +225,8 @@ final class CudaLayer implements MoeLayer {
             for (CudaHandle handle : handles) {
                 CudaStep step = pack(List.of(noTokens(nothing)), handle, weightsBase, true);
                 try {
-                    for (Phase phase : PHASES) {
-                        for (Kernel kernel : kernels.of(phase)) {
-                            kernel.launch(context.driver(), 1, stream.handle(), step.params());
-                        }
+                    for (Kernel kernel : warmUpFlow()) {
+                        kernel.launch(context.driver(), 1, stream.handle(), step.params());
                     }
                     stream.synchronize();
                 } finally {
@@ -235,7 +246,17 @@ final class CudaLayer implements MoeLayer {
         }
     }
 
-    /** Nothing is read but the count, which is 0. */
+    /** Every kernel of the layer: each phase alone, then a whole step. */
+    private List<Kernel> warmUpFlow() {
+        List<Kernel> flow = new ArrayList<>();
+        for (Phase phase : PHASES) {
+            flow.addAll(List.of(kernels.of(phase)));
+        }
+        flow.addAll(List.of(kernels.flow(Phase.ROUTE, Phase.COMBINE_RECV)));
+        return flow;
+    }
+
+    /** Nothing is used but the count, which is 0. */
     private StepTensors noTokens(DeviceBuffer nothing) {
         Tensor count = Tensor.device(nothing.address(), DType.I32, 1);
         boolean topk = config.routingInput() == RoutingInput.TOPK;
@@ -507,6 +528,11 @@ final class CudaLayer implements MoeLayer {
                         "combine_rows")) {
             to.put("off_" + buffer, layout.symmetric().offset(buffer));
         }
+        boolean lines = layout.symmetric().has("dispatch_lines");
+        to.put("wire", lines ? 1 : 0);
+        for (String buffer : List.of("dispatch_lines", "combine_lines")) {
+            to.put("off_" + buffer, lines ? layout.symmetric().offset(buffer) : 0L);
+        }
         to.put("ranks", handle.rankViews());
         to.put("locals", locals);
         boolean ownRouter = config.routingInput() == RoutingInput.HIDDEN;
@@ -605,15 +631,10 @@ final class CudaLayer implements MoeLayer {
     private void launch(long stream, CudaStep step, Phase first, Phase last) {
         CudaHandle handle = step.handle();
         handle.stepInFlight = step;
-        for (Phase phase = first; ; phase = next(phase)) {
-            for (Kernel kernel : kernels.of(phase)) {
-                kernel.launch(context.driver(), config.localRanks(), stream, step.params());
-            }
-            handle.nextPhase = next(phase);
-            if (phase == last) {
-                break;
-            }
+        for (Kernel kernel : kernels.flow(first, last)) {
+            kernel.launch(context.driver(), config.localRanks(), stream, step.params());
         }
+        handle.nextPhase = next(last);
         if (last == Phase.COMBINE_RECV) {
             handle.stepInFlight = null;
         }
@@ -680,6 +701,18 @@ final class CudaLayer implements MoeLayer {
             }
             layers.add(step.cudaLayer());
         }
+        return capture(stream, layers, parts.size(), () -> enqueueAll(stream, parts));
+    }
+
+    @Override
+    public MoeGraph captureOverlapped(long stream, BoundStep first, BoundStep second) {
+        try (Overlap overlap = new Overlap(context, stream)) {
+            return capture(stream, Set.of(this), 6, () -> overlap.enqueue(this, first, second));
+        }
+    }
+
+    /** Captures what {@code work} enqueues, and keeps the layers' memory for the graph. */
+    private MoeGraph capture(long stream, Set<CudaLayer> layers, int parts, Runnable work) {
         Set<CudaLayer> pinned = Collections.newSetFromMap(new IdentityHashMap<>());
         try {
             for (CudaLayer layer : layers) {
@@ -695,8 +728,8 @@ final class CudaLayer implements MoeLayer {
             }
             return trace.capture(
                     layers.size(),
-                    parts.size(),
-                    watch -> new CudaGraph(record(stream, parts), layers, watch),
+                    parts,
+                    watch -> new CudaGraph(GraphExec.capture(context, stream, work), layers, watch),
                     CudaGraph::nodeCount);
         } catch (RuntimeException | Error e) {
             pinned.forEach(CudaLayer::unpin);
@@ -704,15 +737,10 @@ final class CudaLayer implements MoeLayer {
         }
     }
 
-    private GraphExec record(long stream, List<GraphPart> parts) {
-        return GraphExec.capture(
-                context,
-                stream,
-                () -> {
-                    for (GraphPart part : parts) {
-                        part.step().layer().enqueue(stream, part.step(), part.first(), part.last());
-                    }
-                });
+    private static void enqueueAll(long stream, List<GraphPart> parts) {
+        for (GraphPart part : parts) {
+            part.step().layer().enqueue(stream, part.step(), part.first(), part.last());
+        }
     }
 
     /** Keeps the memory while a graph uses it; {@link #unpin} undoes it. */
@@ -823,26 +851,56 @@ final class CudaLayer implements MoeLayer {
         long dropped = 0;
         long duplicates = 0;
         long overCapacity = 0;
+        long lost = 0;
         for (CudaHandle handle : handles) {
             steps += handle.counter(config.firstLocalRank(), "steps");
             for (int rank = firstRank(); rank < endRank(); rank++) {
                 dropped += handle.counter(rank, "dropped_ids");
                 duplicates += handle.counter(rank, "duplicate_ids");
                 overCapacity += handle.counter(rank, "over_capacity_tokens");
+                lost += handle.counter(rank, "lost_rows");
             }
         }
-        return new SoftCounters(steps, dropped, duplicates, overCapacity);
+        return new SoftCounters(steps, dropped, duplicates, overCapacity, lost);
+    }
+
+    @Override
+    public List<PeerStatistics> peers() {
+        return whileNotFreed(
+                () -> {
+                    requirePrepared();
+                    List<PeerStatistics> all = new ArrayList<>();
+                    for (int handle = 0; handle < handles.length; handle++) {
+                        for (int rank = firstRank(); rank < endRank(); rank++) {
+                            for (int peer = 0; peer < config.ranks(); peer++) {
+                                all.add(handles[handle].statistics(handle, rank, peer));
+                            }
+                        }
+                    }
+                    return all;
+                });
     }
 
     @Override
     public void check() {
-        String fault = whileNotFreed(this::firstFault);
-        if (fault != null) {
-            throw new MoeFaultException(fault);
+        LayerFault fault = whileNotFreed(this::firstFault);
+        if (fault == null) {
+            return;
         }
+        if (fault.operation().endsWith("_recv")) {
+            throw new RankLostException(
+                    describe(fault),
+                    fault.operation(),
+                    fault.rank(),
+                    fault.peer(),
+                    fault.epochExpected(),
+                    fault.epochSeen(),
+                    Duration.ofNanos(fault.waitedNs()));
+        }
+        throw new MoeFaultException(describe(fault));
     }
 
-    private String firstFault() {
+    private LayerFault firstFault() {
         requireOpen();
         for (int handle = 0; prepared && handle < handles.length; handle++) {
             int failed = -1;
@@ -857,7 +915,7 @@ final class CudaLayer implements MoeLayer {
                 LayerFault fault =
                         fault(handles[handle], failed, handles[handle].errorCode(failed));
                 trace.faulted(handle, fault);
-                return describe(fault);
+                return fault;
             }
         }
         return null;
@@ -912,16 +970,114 @@ final class CudaLayer implements MoeLayer {
                     fault.validEpoch());
         }
         return String.format(
-                "%s on rank %d %s: waited %.1f ms for rank %d, epoch expected %d, seen %d; the last"
-                        + " valid epoch is %d",
+                "%s on rank %d %s: waited %.1f ms for rank %d, epoch expected %s, seen %s; the last"
+                        + " valid epoch is %s",
                 fault.operation(),
                 fault.rank(),
                 fault.cause(),
                 fault.waitedNs() / 1e6,
                 fault.peer(),
-                fault.epochExpected(),
-                fault.epochSeen(),
-                fault.validEpoch());
+                Recovery.describe(fault.epochExpected()),
+                Recovery.describe(fault.epochSeen()),
+                Recovery.describe(fault.validEpoch()));
+    }
+
+    /**
+     * The steps of docs/protocol.md. why the flag: a graph takes no lock of the layer when it is
+     * launched.
+     */
+    @Override
+    public Recovery recover(Set<Integer> lost) {
+        Set<Integer> members = membersWithout(lost);
+        lock.lock();
+        try {
+            requirePrepared();
+            recovering = true;
+            try (Scope scope = context.enter()) {
+                if (config.group() != null && members.size() > 1) {
+                    abortMembers(members);
+                }
+                context.driver().contextSynchronize();
+                Recovery agreed = agree(members);
+                long mask = PeerMemory.maskOf(members);
+                for (CudaHandle handle : handles) {
+                    handle.begin(agreed.epoch(), mask);
+                }
+                generation = agreed.generation();
+                return agreed;
+            } finally {
+                recovering = false;
+            }
+        } finally {
+            lock.unlock();
+        }
+    }
+
+    private Set<Integer> membersWithout(Set<Integer> lost) {
+        Set<Integer> members = Group.allBut(config.ranks(), lost);
+        if (members.size() != config.ranks() - lost.size()) {
+            throw new IllegalArgumentException(
+                    "lost=" + lost + " holds a rank outside 0.." + (config.ranks() - 1));
+        }
+        if (config.group() == null ? !lost.isEmpty() : !members.contains(firstRank())) {
+            throw new IllegalArgumentException(
+                    "lost=" + lost + " holds a rank of this layer, which cannot do without");
+        }
+        return members;
+    }
+
+    /**
+     * Peers that still wait for this rank end at once. why only where it has no fault of its own:
+     * it has told them on the device then.
+     */
+    private void abortMembers(Set<Integer> members) {
+        try (DeviceBuffer word = new DeviceBuffer(context, 8);
+                Stream stream = new Stream(context)) {
+            ByteBuffer value = ByteBuffer.allocateDirect(8).order(ByteOrder.LITTLE_ENDIAN);
+            upload(word.address(), value.putLong(0, generation + 1L));
+            long at = layout.symmetric().offset("abort_words") + 8L * firstRank();
+            for (int handle = 0; handle < handles.length; handle++) {
+                boolean told = handles[handle].errorCode(firstRank()) != 0;
+                for (int rank : members) {
+                    if (rank != firstRank() && !told) {
+                        context.driver()
+                                .memcpyDtoDAsync(
+                                        peers.address(handle, rank) + at,
+                                        word.address(),
+                                        8,
+                                        stream.handle());
+                    }
+                }
+            }
+            stream.synchronize();
+        }
+    }
+
+    /** Meets the other members; alone there is nobody to ask. */
+    private Recovery agree(Set<Integer> members) {
+        long[] valid = new long[handles.length];
+        for (int handle = 0; handle < handles.length; handle++) {
+            valid[handle] = lastValid(handle);
+        }
+        int oldest = generation;
+        if (config.group() != null) {
+            oldest = peers.agreeOnGeneration(generation, members, valid);
+        }
+        if (oldest >= LAST_GENERATION) {
+            throw new IllegalStateException(
+                    "the layer has recovered " + oldest + " times: close it and open a new one");
+        }
+        int next = oldest + 1;
+        return new Recovery(
+                next, members, Recovery.epochOf(next), Arrays.stream(valid).boxed().toList());
+    }
+
+    private long lastValid(int handle) {
+        long epoch = Long.MAX_VALUE;
+        for (int rank = firstRank(); rank < endRank(); rank++) {
+            epoch = Math.min(epoch, handles[handle].errorLong(rank, "valid_epoch"));
+        }
+        return epoch;
     }
 
     @Override
@@ -929,11 +1085,7 @@ final class CudaLayer implements MoeLayer {
         return whileNotFreed(
                 () -> {
                     requirePrepared();
-                    long epoch = Long.MAX_VALUE;
-                    for (int rank = firstRank(); rank < endRank(); rank++) {
-                        epoch = Math.min(epoch, handles[handle].errorLong(rank, "valid_epoch"));
-                    }
-                    return epoch;
+                    return lastValid(handle);
                 });
     }
 
@@ -954,6 +1106,8 @@ final class CudaLayer implements MoeLayer {
                         "dispatch_flags",
                         "combine_flags",
                         "abort_words",
+                        "dispatch_lines",
+                        "combine_lines",
                         "members",
                         "peer_totals",
                         "epoch",
@@ -1064,6 +1218,15 @@ final class CudaLayer implements MoeLayer {
     void requireOpen() {
         if (closed) {
             throw new IllegalStateException("the layer is closed: open a new one");
+        }
+    }
+
+    /** For a graph of this layer, before it is launched. */
+    void requireLaunchable() {
+        requireOpen();
+        if (recovering) {
+            throw new IllegalStateException(
+                    "the layer recovers from a fault: launch graphs when recover() has returned");
         }
     }
 

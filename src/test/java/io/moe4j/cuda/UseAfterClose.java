@@ -46,6 +46,7 @@ final class UseAfterClose {
         calls.put("enqueue", () -> layer.enqueue(stream, step));
         calls.put("enqueue of phases", () -> layer.enqueue(stream, step, Phase.ROUTE, Phase.ROUTE));
         calls.put("capture", () -> layer.capture(stream, step));
+        calls.put("captureOverlapped", () -> layer.captureOverlapped(stream, step, step));
         calls.put("synchronize", () -> layer.synchronize(stream));
         calls.put("readRouting", () -> layer.readRouting(0, new int[64], new float[64]));
         calls.put("inspect", () -> layer.inspect(0, 0));
@@ -53,6 +54,8 @@ final class UseAfterClose {
         calls.put("check", layer::check);
         calls.put("validEpoch", () -> layer.validEpoch(0));
         calls.put("result", () -> layer.result(0, 1));
+        calls.put("peers", layer::peers);
+        calls.put("recover", layer::recover);
         calls.put("memory", layer::memory);
         calls.put("memory allocated before: allocate", () -> memory.allocate(DType.F32, 1));
         calls.put("memory allocated before: write", () -> memory.write(device, host));

@@ -1,0 +1,2 @@
+/** Micro-batches whose communication and computation overlap. */
+package io.moe4j.overlap;
