@@ -152,23 +152,6 @@ public interface MoeLayer extends AutoCloseable {
     }
 
     /**
-     * Captures two steps of different handles as one graph in which, where the backend can, the
-     * rows of one travel while the experts of the other run. Results are those of the two steps one
-     * after the other, bit for bit. In a group all ranks capture and launch the same.
-     *
-     * @param stream a CUstream handle that is not capturing; 0 on the CPU backend
-     * @param first bound by this layer
-     * @param second bound by this layer to another handle
-     * @return the graph, which the caller closes; it keeps the layer's memory until then
-     * @throws IllegalArgumentException if a step belongs to another layer
-     * @throws IllegalStateException if both have the same handle, the layer is closed or a capture
-     *     is already under way
-     */
-    default MoeGraph captureOverlapped(long stream, BoundStep first, BoundStep second) {
-        return capture(stream, List.of(GraphPart.whole(first), GraphPart.whole(second)));
-    }
-
-    /**
      * Waits until everything enqueued on {@code stream} is done (debugging and tools only).
      *
      * @param stream a CUstream handle; 0 for the default stream and on the CPU backend

@@ -491,37 +491,6 @@ public abstract class MoeLayerContract {
     }
 
     @Test
-    void shouldGiveTheBitsOfTwoStepsWhenTheyOverlapInOneGraph() {
-        MoeConfig config = config(SHAPE, 191).handles(2).build();
-        Batch first = Harness.random(SHAPE, 9, 191);
-        Batch second = Harness.random(SHAPE, 5, 192);
-        try (Harness layer = harness(config)) {
-            float[][] wantFirst = layer.run(first);
-            float[][] wantSecond = layer.run(second);
-            Harness.Second other = layer.second(1);
-            layer.write(List.of(first));
-            other.write(second);
-            try (MoeGraph graph =
-                    layer.layer.captureOverlapped(stream(), layer.step(), other.step())) {
-                for (int i = 0; i < 3; i++) {
-                    graph.launch(stream());
-                }
-                layer.layer.synchronize(stream());
-            }
-            layer.layer.result(0, 5); // 2 runs, 3 launches
-            layer.layer.result(1, 3);
-            float[][] gotFirst = layer.outputs()[0];
-            float[][] gotSecond = other.outputs();
-            for (int t = 0; t < 9; t++) {
-                assertSameBits(gotFirst[t], wantFirst[t], "first " + t);
-            }
-            for (int t = 0; t < 5; t++) {
-                assertSameBits(gotSecond[t], wantSecond[t], "second " + t);
-            }
-        }
-    }
-
-    @Test
     void shouldExplainMisuseBeforeTouchingAnything() {
         MoeConfig config = config(SHAPE, 161).ranks(2).build();
         MoeLayer layer = Moe.open(config);

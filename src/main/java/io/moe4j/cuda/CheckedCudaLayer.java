@@ -46,12 +46,6 @@ final class CheckedCudaLayer extends ForwardingLayer implements HostSyncCheckedL
         return new CheckedGraph(layer.capture(stream, inner(parts)), driver);
     }
 
-    @Override
-    public MoeGraph captureOverlapped(long stream, BoundStep first, BoundStep second) {
-        return new CheckedGraph(
-                layer.captureOverlapped(stream, inner(first), inner(second)), driver);
-    }
-
     /** A graph whose launches run inside a no-sync zone. */
     private record CheckedGraph(MoeGraph graph, CheckedDriver driver) implements MoeGraph {
         @Override

@@ -701,18 +701,6 @@ final class CudaLayer implements MoeLayer {
             }
             layers.add(step.cudaLayer());
         }
-        return capture(stream, layers, parts.size(), () -> enqueueAll(stream, parts));
-    }
-
-    @Override
-    public MoeGraph captureOverlapped(long stream, BoundStep first, BoundStep second) {
-        try (Overlap overlap = new Overlap(context, stream)) {
-            return capture(stream, Set.of(this), 6, () -> overlap.enqueue(this, first, second));
-        }
-    }
-
-    /** Captures what {@code work} enqueues, and keeps the layers' memory for the graph. */
-    private MoeGraph capture(long stream, Set<CudaLayer> layers, int parts, Runnable work) {
         Set<CudaLayer> pinned = Collections.newSetFromMap(new IdentityHashMap<>());
         try {
             for (CudaLayer layer : layers) {
@@ -728,8 +716,8 @@ final class CudaLayer implements MoeLayer {
             }
             return trace.capture(
                     layers.size(),
-                    parts,
-                    watch -> new CudaGraph(GraphExec.capture(context, stream, work), layers, watch),
+                    parts.size(),
+                    watch -> new CudaGraph(record(stream, parts), layers, watch),
                     CudaGraph::nodeCount);
         } catch (RuntimeException | Error e) {
             pinned.forEach(CudaLayer::unpin);
@@ -737,10 +725,15 @@ final class CudaLayer implements MoeLayer {
         }
     }
 
-    private static void enqueueAll(long stream, List<GraphPart> parts) {
-        for (GraphPart part : parts) {
-            part.step().layer().enqueue(stream, part.step(), part.first(), part.last());
-        }
+    private GraphExec record(long stream, List<GraphPart> parts) {
+        return GraphExec.capture(
+                context,
+                stream,
+                () -> {
+                    for (GraphPart part : parts) {
+                        part.step().layer().enqueue(stream, part.step(), part.first(), part.last());
+                    }
+                });
     }
 
     /** Keeps the memory while a graph uses it; {@link #unpin} undoes it. */

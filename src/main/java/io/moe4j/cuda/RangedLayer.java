@@ -79,17 +79,6 @@ final class RangedLayer extends ForwardingLayer {
         }
     }
 
-    @Override
-    public MoeGraph captureOverlapped(long stream, BoundStep first, BoundStep second) {
-        ranges.push(capture);
-        try {
-            return new RangedGraph(
-                    layer.captureOverlapped(stream, inner(first), inner(second)), ranges, replay);
-        } finally {
-            ranges.pop();
-        }
-    }
-
     /** A graph whose launches are ranges. */
     private record RangedGraph(MoeGraph graph, Ranges ranges, long replay) implements MoeGraph {
         @Override

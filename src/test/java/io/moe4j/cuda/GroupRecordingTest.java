@@ -25,7 +25,6 @@ import io.moe4j.ep.GroupException;
 import io.moe4j.model.MoeShape;
 import io.moe4j.model.RandomWeights;
 import io.moe4j.model.RoutingRule;
-import io.moe4j.overlap.TwoBatchOverlap;
 import io.moe4j.tensor.DType;
 import io.moe4j.tensor.Tensor;
 import java.lang.reflect.InvocationTargetException;
@@ -435,49 +434,6 @@ class GroupRecordingTest {
                 .as("the two regions go last")
                 .containsOnly(Call.MEM_FREE);
         assertThat(group.said().get(group.said().size() - 1)).startsWith("closed of layer ");
-        assertThat(recording.leaks()).isEmpty();
-    }
-
-    @Test
-    void shouldCaptureTwoMicroBatchesWithTheExpertsOfOneBesideTheRowsOfTheOther() {
-        List<CudaLayer> layers = open(2, Duration.ofSeconds(20));
-        Group.together(layers, CudaLayer::prepare);
-        for (CudaLayer layer : layers) {
-            int rank = layer.config().group().rank();
-            long stream = recording.foreignStream();
-            try (TwoBatchOverlap two =
-                    new TwoBatchOverlap(layer, List.of(tensors(rank)), List.of(tensors(rank)))) {
-                recording.clearCalls();
-                try (MoeGraph graph = two.capture(stream)) {
-                    List<RecordingDriver.Launch> all = recording.launches();
-                    assertThat(all).hasSize((int) graph.nodeCount());
-                    List<RecordingDriver.Launch> beside =
-                            all.stream().filter(l -> l.stream() != stream).toList();
-                    assertThat(beside)
-                            .as("the experts and nothing else")
-                            .isNotEmpty()
-                            .noneMatch(l -> l.kernel().contains("dispatch"))
-                            .noneMatch(l -> l.kernel().contains("combine"));
-                    assertThat(all.stream().filter(l -> l.stream() == stream))
-                            .noneMatch(l -> l.kernel().contains("experts"));
-                    graph.launch(stream);
-                }
-                assertThat(layer.handles().free()).isZero();
-                assertThatThrownBy(
-                                () ->
-                                        new TwoBatchOverlap(
-                                                layer,
-                                                List.of(tensors(rank)),
-                                                List.of(tensors(rank))))
-                        .isInstanceOf(IllegalStateException.class)
-                        .hasMessageContaining("handles are claimed");
-            }
-            assertThat(layer.handles().free()).isEqualTo(2);
-            BoundStep step = layer.bind(List.of(tensors(rank)));
-            assertThatThrownBy(() -> layer.captureOverlapped(stream, step, step))
-                    .isInstanceOf(IllegalStateException.class);
-        }
-        layers.forEach(CudaLayer::close);
         assertThat(recording.leaks()).isEmpty();
     }
 

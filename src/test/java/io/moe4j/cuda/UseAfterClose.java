@@ -46,7 +46,6 @@ final class UseAfterClose {
         calls.put("enqueue", () -> layer.enqueue(stream, step));
         calls.put("enqueue of phases", () -> layer.enqueue(stream, step, Phase.ROUTE, Phase.ROUTE));
         calls.put("capture", () -> layer.capture(stream, step));
-        calls.put("captureOverlapped", () -> layer.captureOverlapped(stream, step, step));
         calls.put("synchronize", () -> layer.synchronize(stream));
         calls.put("readRouting", () -> layer.readRouting(0, new int[64], new float[64]));
         calls.put("inspect", () -> layer.inspect(0, 0));

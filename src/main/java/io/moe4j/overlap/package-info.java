@@ -1,2 +1,0 @@
-/** Micro-batches whose communication and computation overlap. */
-package io.moe4j.overlap;
