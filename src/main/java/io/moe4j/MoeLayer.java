@@ -1,6 +1,8 @@
 package io.moe4j;
 
+import io.moe4j.ep.PeerStatistics;
 import java.util.List;
+import java.util.Set;
 
 /**
  * One Mixture-of-Experts layer over R ranks, opened by {@link Moe#open}. The layer owns its
@@ -185,9 +187,51 @@ public interface MoeLayer extends AutoCloseable {
     SoftCounters counters();
 
     /**
-     * Throws if a step failed. A fault stays: every later call throws too, until the layer is
-     * closed and opened again. Reads host memory only; it is not a sync.
+     * {@return what every local rank received from each rank of the group and how long it waited,
+     * handle by handle; empty on backends without waits} Reads host memory only.
      *
+     * @throws IllegalStateException before prepare or after close
+     */
+    default List<PeerStatistics> peers() {
+        return List.of();
+    }
+
+    /**
+     * As {@link #recover(Set)} with all ranks.
+     *
+     * @return what the ranks agreed on
+     */
+    default Recovery recover() {
+        return recover(Set.of());
+    }
+
+    /**
+     * Begins a new generation after a fault: waits for the device, meets the other members, and
+     * makes every handle ready for its first step; graphs captured before go on. All members call
+     * it, each on a thread of its own ({@link io.moe4j.ep.Group#together}), while nobody enqueues
+     * or launches graphs. Steps whose output was not valid are not repeated.
+     *
+     * @param lost ranks to leave out: no row goes to their experts, which contribute nothing, and
+     *     nobody waits for them. A rank left out comes back by a later recovery in which it takes
+     *     part
+     * @return what the ranks agreed on
+     * @throws io.moe4j.ep.GroupException if a member did not come; the layer stays as it is, and
+     *     the call may be repeated
+     * @throws IllegalArgumentException if {@code lost} holds this rank or no rank of the group
+     * @throws IllegalStateException before prepare or after close, or if there were too many
+     *     generations
+     * @throws UnsupportedOperationException on backends whose faults cannot be recovered from
+     */
+    default Recovery recover(Set<Integer> lost) {
+        throw new UnsupportedOperationException(
+                "the " + backend() + " backend cannot recover: close the layer and open a new one");
+    }
+
+    /**
+     * Throws if a step failed. A fault stays: every later call throws too, until the layer {@link
+     * #recover recovers} or is closed. Reads host memory only; it is not a sync.
+     *
+     * @throws RankLostException if a wait between ranks failed
      * @throws MoeFaultException naming the operation, the rank and the epoch
      * @throws IllegalStateException after close
      */
@@ -195,8 +239,9 @@ public interface MoeLayer extends AutoCloseable {
 
     /**
      * {@return the number of the last step of a handle whose output is complete; steps of a handle
-     * are numbered from 1 in the order they are enqueued} Reads host memory only; it is not a sync,
-     * so the value may lag behind work that is still running.
+     * are numbered from 1, or after a recovery from its {@link Recovery#epoch} + 1, in the order
+     * they are enqueued} Reads host memory only; it is not a sync, so the value may lag behind work
+     * that is still running.
      *
      * @param handle 0 to {@code config().handles() − 1}
      * @throws IllegalStateException before prepare or after close

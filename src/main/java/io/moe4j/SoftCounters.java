@@ -8,6 +8,8 @@ package io.moe4j;
  * @param droppedIds expert ids outside −1..E−1; each was skipped
  * @param duplicateIds repeats of an expert within a token; each contributed again
  * @param overCapacityTokens tokens above M in a step's token count; they were not processed
+ * @param lostRows rows that were not sent because their rank was left out by {@link
+ *     MoeLayer#recover}; its experts contributed nothing
  */
 public record SoftCounters(
-        long steps, long droppedIds, long duplicateIds, long overCapacityTokens) {}
+        long steps, long droppedIds, long duplicateIds, long overCapacityTokens, long lostRows) {}

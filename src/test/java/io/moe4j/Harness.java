@@ -74,7 +74,7 @@ public final class Harness implements AutoCloseable {
         BackendMemory memory = layer.memory();
         long m = config.maxTokensPerRank();
         long k = config.shape().topK();
-        for (int r = 0; r < config.ranks(); r++) {
+        for (int r = 0; r < config.localRanks(); r++) {
             Tensor hidden = memory.allocate(config.hiddenDType(), m, config.shape().hidden());
             Tensor out = memory.allocate(config.outDType(), m, config.shape().hidden());
             Tensor count = memory.allocate(DType.I32, 1);
@@ -146,7 +146,7 @@ public final class Harness implements AutoCloseable {
         int m = config.maxTokensPerRank();
         int h = config.shape().hidden();
         int k = config.shape().topK();
-        for (int r = 0; r < config.ranks(); r++) {
+        for (int r = 0; r < config.localRanks(); r++) {
             Batch batch = batches.get(r);
             float[] hidden = new float[m * h];
             int[] ids = new int[m * k];
@@ -212,8 +212,8 @@ public final class Harness implements AutoCloseable {
     private float[][][] outputs(List<StepTensors> tensors) {
         int m = config.maxTokensPerRank();
         int h = config.shape().hidden();
-        float[][][] out = new float[config.ranks()][m][h];
-        for (int r = 0; r < config.ranks(); r++) {
+        float[][][] out = new float[config.localRanks()][m][h];
+        for (int r = 0; r < config.localRanks(); r++) {
             Tensor host = Tensor.allocateHost(config.outDType(), m, h);
             layer.memory().read(host, tensors.get(r).out());
             for (int t = 0; t < m; t++) {

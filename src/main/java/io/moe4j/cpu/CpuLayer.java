@@ -504,7 +504,7 @@ final class CpuLayer implements MoeLayer {
     @Override
     public SoftCounters counters() {
         return new SoftCounters(
-                stepsDone, droppedIds.get(), duplicateIds.get(), overCapacityTokens.get());
+                stepsDone, droppedIds.get(), duplicateIds.get(), overCapacityTokens.get(), 0);
     }
 
     @Override

@@ -32,7 +32,7 @@ final class CudaGraph implements MoeGraph {
                 throw new IllegalStateException("the graph is closed: capture a new one");
             }
             for (CudaLayer layer : layers) {
-                layer.requireOpen();
+                layer.requireLaunchable();
             }
             exec.launch(stream);
             trace.launched();

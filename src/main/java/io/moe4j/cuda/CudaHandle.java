@@ -8,12 +8,14 @@ import io.moe4j.cuda.driver.PinnedBuffer;
 import io.moe4j.cuda.driver.Scope;
 import io.moe4j.cuda.layout.DeviceLayout;
 import io.moe4j.cuda.layout.DeviceStructs;
+import io.moe4j.ep.PeerStatistics;
 import java.lang.invoke.MethodHandles;
 import java.lang.invoke.VarHandle;
 import java.nio.ByteBuffer;
 import java.nio.ByteOrder;
 import java.util.ArrayDeque;
 import java.util.Deque;
+import java.util.List;
 import java.util.function.LongSupplier;
 
 /**
@@ -105,6 +107,52 @@ final class CudaHandle implements AutoCloseable {
                     .memcpyHtoD(
                             workspace(firstLocalRank + local, "members"), word.putLong(0, members));
         }
+    }
+
+    /**
+     * Makes the next step the first after {@code epoch}, among {@code members}; for the time when
+     * no step runs. Words that peers write stay as they are: one that was faster may have written
+     * them already.
+     */
+    void begin(long epoch, long members) {
+        ByteBuffer words = ByteBuffer.allocateDirect(16).order(ByteOrder.nativeOrder());
+        words.putLong(0, epoch).putLong(8, epoch);
+        try (Scope scope = context.enter()) {
+            for (int local = 0; local < symmetric.length; local++) {
+                int rank = firstLocalRank + local;
+                context.driver().memcpyHtoD(workspace(rank, "epoch"), words);
+                for (String counters : List.of("arrivals", "work", "expert_done")) {
+                    context.driver()
+                            .memsetD8(
+                                    workspace(rank, counters),
+                                    (byte) 0,
+                                    layout.workspace().field(counters).bytes());
+                }
+            }
+            setMembers(members);
+            // why: fills may still be under way, and steps run on other streams
+            context.driver().streamSynchronize(0L);
+        }
+        for (int local = 0; local < symmetric.length; local++) {
+            INT.setRelease(
+                    pinned.bytes(),
+                    errorOffset(firstLocalRank + local) + DeviceStructs.ERROR_RECORD.offset("code"),
+                    0);
+        }
+        nextPhase = Phase.ROUTE;
+        stepInFlight = null;
+    }
+
+    /** What the device last told of a local rank and a peer. */
+    PeerStatistics statistics(int handle, int rank, int peer) {
+        return new PeerStatistics(
+                handle,
+                rank,
+                peer,
+                peerStat(rank, peer, "rows_received"),
+                peerStat(rank, peer, "waited_ns"),
+                peerStat(rank, peer, "waited_ns_combine"),
+                peerStat(rank, peer, "waited_total_ns"));
     }
 
     /** Tells the device where the symmetric regions of the first ranks are. */

@@ -11,6 +11,8 @@ import io.moe4j.MoeGraph;
 import io.moe4j.MoeLayer;
 import io.moe4j.Phase;
 import io.moe4j.ProgressListener;
+import io.moe4j.RankLostException;
+import io.moe4j.Recovery;
 import io.moe4j.RoutingInput;
 import io.moe4j.SoftCounters;
 import io.moe4j.StepInspection;
@@ -31,12 +33,15 @@ import io.moe4j.cuda.layout.CStruct;
 import io.moe4j.cuda.layout.DeviceLayout;
 import io.moe4j.cuda.layout.DeviceStructs;
 import io.moe4j.cuda.layout.Region;
+import io.moe4j.ep.Group;
+import io.moe4j.ep.PeerStatistics;
 import io.moe4j.observe.LayerFault;
 import io.moe4j.observe.LayerTrace;
 import io.moe4j.tensor.DType;
 import io.moe4j.tensor.Tensor;
 import java.nio.ByteBuffer;
 import java.nio.ByteOrder;
+import java.time.Duration;
 import java.util.ArrayDeque;
 import java.util.ArrayList;
 import java.util.Arrays;
@@ -60,6 +65,9 @@ import java.util.function.Supplier;
 final class CudaLayer implements MoeLayer {
     /** FaultCode kPeerAbort of step_params.cuh. */
     private static final int PEER_ABORT = 3;
+
+    /** What 16 bits of an epoch can tell apart. */
+    private static final int LAST_GENERATION = 65_535;
 
     private static final int ITEMS_MISSING = 4; // kInternal of step_params.cuh
 
@@ -88,7 +96,9 @@ final class CudaLayer implements MoeLayer {
     private ParamArena arena;
     private int graphs;
     private boolean freed;
+    private int generation;
     private volatile boolean prepared;
+    private volatile boolean recovering;
     private volatile boolean closed;
 
     /** Takes over {@code context}, which is released when the layer's memory is freed. */
@@ -145,6 +155,7 @@ final class CudaLayer implements MoeLayer {
                 freeOwned(e);
                 throw e;
             }
+            generation = 0;
             prepared = true;
         } finally {
             lock.unlock();
@@ -823,26 +834,56 @@ final class CudaLayer implements MoeLayer {
         long dropped = 0;
         long duplicates = 0;
         long overCapacity = 0;
+        long lost = 0;
         for (CudaHandle handle : handles) {
             steps += handle.counter(config.firstLocalRank(), "steps");
             for (int rank = firstRank(); rank < endRank(); rank++) {
                 dropped += handle.counter(rank, "dropped_ids");
                 duplicates += handle.counter(rank, "duplicate_ids");
                 overCapacity += handle.counter(rank, "over_capacity_tokens");
+                lost += handle.counter(rank, "lost_rows");
             }
         }
-        return new SoftCounters(steps, dropped, duplicates, overCapacity);
+        return new SoftCounters(steps, dropped, duplicates, overCapacity, lost);
+    }
+
+    @Override
+    public List<PeerStatistics> peers() {
+        return whileNotFreed(
+                () -> {
+                    requirePrepared();
+                    List<PeerStatistics> all = new ArrayList<>();
+                    for (int handle = 0; handle < handles.length; handle++) {
+                        for (int rank = firstRank(); rank < endRank(); rank++) {
+                            for (int peer = 0; peer < config.ranks(); peer++) {
+                                all.add(handles[handle].statistics(handle, rank, peer));
+                            }
+                        }
+                    }
+                    return all;
+                });
     }
 
     @Override
     public void check() {
-        String fault = whileNotFreed(this::firstFault);
-        if (fault != null) {
-            throw new MoeFaultException(fault);
+        LayerFault fault = whileNotFreed(this::firstFault);
+        if (fault == null) {
+            return;
         }
+        if (fault.operation().endsWith("_recv")) {
+            throw new RankLostException(
+                    describe(fault),
+                    fault.operation(),
+                    fault.rank(),
+                    fault.peer(),
+                    fault.epochExpected(),
+                    fault.epochSeen(),
+                    Duration.ofNanos(fault.waitedNs()));
+        }
+        throw new MoeFaultException(describe(fault));
     }
 
-    private String firstFault() {
+    private LayerFault firstFault() {
         requireOpen();
         for (int handle = 0; prepared && handle < handles.length; handle++) {
             int failed = -1;
@@ -857,7 +898,7 @@ final class CudaLayer implements MoeLayer {
                 LayerFault fault =
                         fault(handles[handle], failed, handles[handle].errorCode(failed));
                 trace.faulted(handle, fault);
-                return describe(fault);
+                return fault;
             }
         }
         return null;
@@ -912,16 +953,115 @@ final class CudaLayer implements MoeLayer {
                     fault.validEpoch());
         }
         return String.format(
-                "%s on rank %d %s: waited %.1f ms for rank %d, epoch expected %d, seen %d; the last"
-                        + " valid epoch is %d",
+                "%s on rank %d %s: waited %.1f ms for rank %d, epoch expected %s, seen %s; the last"
+                        + " valid epoch is %s",
                 fault.operation(),
                 fault.rank(),
                 fault.cause(),
                 fault.waitedNs() / 1e6,
                 fault.peer(),
-                fault.epochExpected(),
-                fault.epochSeen(),
-                fault.validEpoch());
+                Recovery.describe(fault.epochExpected()),
+                Recovery.describe(fault.epochSeen()),
+                Recovery.describe(fault.validEpoch()));
+    }
+
+    /**
+     * The steps of docs/protocol.md. why the flag: a graph takes no lock of the layer when it is
+     * launched.
+     */
+    @Override
+    public Recovery recover(Set<Integer> lost) {
+        Set<Integer> members = membersWithout(lost);
+        lock.lock();
+        try {
+            requirePrepared();
+            recovering = true;
+            try (Scope scope = context.enter()) {
+                if (config.group() != null && members.size() > 1) {
+                    abortMembers(members);
+                }
+                context.driver().contextSynchronize();
+                Recovery agreed = agree(members);
+                long mask =
+                        members.stream().mapToLong(rank -> 1L << rank).reduce(0L, (a, b) -> a | b);
+                for (CudaHandle handle : handles) {
+                    handle.begin(agreed.epoch(), mask);
+                }
+                generation = agreed.generation();
+                return agreed;
+            } finally {
+                recovering = false;
+            }
+        } finally {
+            lock.unlock();
+        }
+    }
+
+    private Set<Integer> membersWithout(Set<Integer> lost) {
+        Set<Integer> members = Group.allBut(config.ranks(), lost);
+        if (members.size() != config.ranks() - lost.size()) {
+            throw new IllegalArgumentException(
+                    "lost=" + lost + " holds a rank outside 0.." + (config.ranks() - 1));
+        }
+        if (config.group() == null ? !lost.isEmpty() : !members.contains(firstRank())) {
+            throw new IllegalArgumentException(
+                    "lost=" + lost + " holds a rank of this layer, which cannot do without");
+        }
+        return members;
+    }
+
+    /**
+     * Peers that still wait for this rank end at once. why only where it has no fault of its own:
+     * it has told them on the device then.
+     */
+    private void abortMembers(Set<Integer> members) {
+        try (DeviceBuffer word = new DeviceBuffer(context, 8);
+                Stream stream = new Stream(context)) {
+            ByteBuffer value = ByteBuffer.allocateDirect(8).order(ByteOrder.LITTLE_ENDIAN);
+            upload(word.address(), value.putLong(0, generation + 1L));
+            long at = layout.symmetric().offset("abort_words") + 8L * firstRank();
+            for (int handle = 0; handle < handles.length; handle++) {
+                boolean told = handles[handle].errorCode(firstRank()) != 0;
+                for (int rank : members) {
+                    if (rank != firstRank() && !told) {
+                        context.driver()
+                                .memcpyDtoDAsync(
+                                        peers.address(handle, rank) + at,
+                                        word.address(),
+                                        8,
+                                        stream.handle());
+                    }
+                }
+            }
+            stream.synchronize();
+        }
+    }
+
+    /** Meets the other members; alone there is nobody to ask. */
+    private Recovery agree(Set<Integer> members) {
+        long[] valid = new long[handles.length];
+        for (int handle = 0; handle < handles.length; handle++) {
+            valid[handle] = lastValid(handle);
+        }
+        int oldest = generation;
+        if (config.group() != null) {
+            oldest = peers.agreeOnGeneration(generation, members, valid);
+        }
+        if (oldest >= LAST_GENERATION) {
+            throw new IllegalStateException(
+                    "the layer has recovered " + oldest + " times: close it and open a new one");
+        }
+        int next = oldest + 1;
+        return new Recovery(
+                next, members, Recovery.epochOf(next), Arrays.stream(valid).boxed().toList());
+    }
+
+    private long lastValid(int handle) {
+        long epoch = Long.MAX_VALUE;
+        for (int rank = firstRank(); rank < endRank(); rank++) {
+            epoch = Math.min(epoch, handles[handle].errorLong(rank, "valid_epoch"));
+        }
+        return epoch;
     }
 
     @Override
@@ -929,11 +1069,7 @@ final class CudaLayer implements MoeLayer {
         return whileNotFreed(
                 () -> {
                     requirePrepared();
-                    long epoch = Long.MAX_VALUE;
-                    for (int rank = firstRank(); rank < endRank(); rank++) {
-                        epoch = Math.min(epoch, handles[handle].errorLong(rank, "valid_epoch"));
-                    }
-                    return epoch;
+                    return lastValid(handle);
                 });
     }
 
@@ -1064,6 +1200,15 @@ final class CudaLayer implements MoeLayer {
     void requireOpen() {
         if (closed) {
             throw new IllegalStateException("the layer is closed: open a new one");
+        }
+    }
+
+    /** For a graph of this layer, before it is launched. */
+    void requireLaunchable() {
+        requireOpen();
+        if (recovering) {
+            throw new IllegalStateException(
+                    "the layer recovers from a fault: launch graphs when recover() has returned");
         }
     }
 

@@ -8,11 +8,14 @@ import io.moe4j.MemoryPlan;
 import io.moe4j.MoeConfig;
 import io.moe4j.MoeLayer;
 import io.moe4j.ProgressListener;
+import io.moe4j.Recovery;
 import io.moe4j.SoftCounters;
 import io.moe4j.StepInspection;
 import io.moe4j.StepTensors;
+import io.moe4j.ep.PeerStatistics;
 import java.util.ArrayList;
 import java.util.List;
+import java.util.Set;
 
 /**
  * A layer that does something more around the calls of another, which it owns. Steps it binds know
@@ -114,6 +117,16 @@ abstract class ForwardingLayer implements MoeLayer {
     @Override
     public void check() {
         layer.check();
+    }
+
+    @Override
+    public List<PeerStatistics> peers() {
+        return layer.peers();
+    }
+
+    @Override
+    public Recovery recover(Set<Integer> lost) {
+        return layer.recover(lost);
     }
 
     @Override

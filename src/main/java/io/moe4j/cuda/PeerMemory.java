@@ -25,11 +25,11 @@ import java.security.NoSuchAlgorithmException;
 import java.security.SecureRandom;
 import java.util.ArrayList;
 import java.util.Arrays;
-import java.util.HexFormat;
 import java.util.LinkedHashMap;
 import java.util.List;
 import java.util.Map;
 import java.util.Set;
+import java.util.TreeSet;
 import java.util.UUID;
 import java.util.concurrent.CompletableFuture;
 import java.util.function.Consumer;
@@ -166,8 +166,12 @@ final class PeerMemory implements AutoCloseable {
     }
 
     private static byte[] hash(byte[] text) {
+        return sha256().digest(text);
+    }
+
+    private static MessageDigest sha256() {
         try {
-            return MessageDigest.getInstance("SHA-256").digest(text);
+            return MessageDigest.getInstance("SHA-256");
         } catch (NoSuchAlgorithmException e) {
             throw new IllegalStateException(e);
         }
@@ -344,6 +348,66 @@ final class PeerMemory implements AutoCloseable {
         return new byte[0];
     }
 
+    /** Where this GPU has the symmetric region of a rank. */
+    long address(int handle, int rank) {
+        return addresses[handle][rank];
+    }
+
+    /**
+     * Meets the members of a new generation. Twice: the second time every rank shows whom it heard
+     * the first time, so that what a failed meeting left behind is not taken for an answer.
+     *
+     * @param valid by handle: the last valid step of this rank; afterwards that of all members
+     * @return the newest generation that any of them is in
+     */
+    int agreeOnGeneration(int generation, Set<Integer> members, long[] valid) {
+        long mask = members.stream().mapToLong(rank -> 1L << rank).reduce(0L, (a, b) -> a | b);
+        ByteBuffer mine = ByteBuffer.allocate(20 + 8 * valid.length);
+        mine.putLong(new SecureRandom().nextLong()).putLong(mask).putInt(generation);
+        for (long epoch : valid) {
+            mine.putLong(epoch);
+        }
+        List<byte[]> all = group.meet("recovery" + name, mine.array(), members);
+        MessageDigest heard = sha256();
+        int newest = 0;
+        for (int rank : new TreeSet<>(members)) {
+            ByteBuffer from = ByteBuffer.wrap(all.get(rank));
+            heard.update(all.get(rank));
+            from.getLong();
+            long theirs = from.getLong();
+            if (theirs != mask) {
+                throw new GroupException(
+                        String.format(
+                                "rank %d recovers with ranks %s but rank %d with %s: recover with the"
+                                        + " same ranks everywhere",
+                                rank, ranksOf(theirs), group.rank(), ranksOf(mask)),
+                        Set.of(rank));
+            }
+            newest = Math.max(newest, from.getInt());
+            for (int handle = 0; handle < valid.length; handle++) {
+                valid[handle] = Math.min(valid[handle], from.getLong());
+            }
+        }
+        byte[] digest = heard.digest();
+        List<byte[]> digests = group.meet("end of recovery" + name, digest, members);
+        for (int rank : new TreeSet<>(members)) {
+            if (!MessageDigest.isEqual(digest, digests.get(rank))) {
+                throw new GroupException(
+                        "rank " + rank + " has begun to recover anew: call recover again",
+                        Set.of(rank));
+            }
+        }
+        return newest;
+    }
+
+    private static Set<Integer> ranksOf(long mask) {
+        Set<Integer> ranks = new TreeSet<>();
+        for (long left = mask; left != 0; left &= left - 1) {
+            ranks.add(Long.numberOfTrailingZeros(left));
+        }
+        return ranks;
+    }
+
     private void map(int rank, ByteBuffer from) {
         Driver driver = context.driver();
         long peerContext = from.getLong();
@@ -476,10 +540,5 @@ final class PeerMemory implements AutoCloseable {
     private void freeRegions() {
         regions.forEach(DeviceBuffer::close);
         regionContext.close();
-    }
-
-    /** For messages and tests: the hash of what has to be equal, as text. */
-    String configurationHash(String kernels) {
-        return HexFormat.of().formatHex(hash(fields(kernels).getBytes(StandardCharsets.UTF_8)));
     }
 }

@@ -64,8 +64,8 @@ public interface Group extends AutoCloseable {
      * Tells the other ranks something without waiting for them.
      *
      * @param what names it; a rank announces a thing once
-     * @return completed when every rank has announced the same or has closed its group; never, if
-     *     one ends without doing so. Its actions run on any thread
+     * @return completed when every rank has announced the same, has closed its group, or has been
+     *     dead for some seconds. Its actions run on any thread
      */
     CompletableFuture<Void> announce(String what);
 

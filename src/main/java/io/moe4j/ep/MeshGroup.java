@@ -24,6 +24,9 @@ import java.util.concurrent.locks.ReentrantLock;
 abstract class MeshGroup implements Group {
     static final int MAX_RANKS = 64;
 
+    /** How long after its death a process counts as closed. */
+    private static final long REAPED_SECONDS = 5;
+
     private final int rank;
     private final int ranks;
     private final Duration limit;
@@ -35,7 +38,7 @@ abstract class MeshGroup implements Group {
     /** Why a rank is heard of no more; null while it may be. */
     private final String[] gone;
 
-    /** Ranks that closed their group. */
+    /** Ranks that closed their group, or died. */
     private final Set<Integer> said = new HashSet<>();
 
     private final Map<String, Set<Integer>> announced = new HashMap<>();
@@ -281,6 +284,25 @@ abstract class MeshGroup implements Group {
         } finally {
             lock.unlock();
         }
+    }
+
+    /**
+     * A process ended without a word. why later: what it had under way on its GPU may take a moment
+     * to end, and until then nobody may take it for closed.
+     */
+    final void died(int from, String why) {
+        lost(from, why);
+        CompletableFuture.delayedExecutor(REAPED_SECONDS, TimeUnit.SECONDS)
+                .execute(
+                        () -> {
+                            lock.lock();
+                            try {
+                                said.add(from);
+                            } finally {
+                                lock.unlock();
+                            }
+                            completeAnnounced();
+                        });
     }
 
     /** Whether nothing more is to be heard of any other rank. */

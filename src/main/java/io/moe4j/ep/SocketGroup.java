@@ -28,6 +28,9 @@ final class SocketGroup extends MeshGroup {
 
     private static final long RETRY_MILLIS = 10;
 
+    /** Said of a rank whose end was cut off: only the death of a process does that. */
+    private static final String GONE = "has gone: its process ended";
+
     private final Selector selector;
     private final Peer[] peers;
     private volatile boolean leaving;
@@ -363,7 +366,11 @@ final class SocketGroup extends MeshGroup {
                         key.cancel();
                         closeQuietly(peer.channel);
                         open.remove(peer);
-                        lost(peer.rank, broken);
+                        if (broken.equals(GONE)) {
+                            died(peer.rank, broken);
+                        } else {
+                            lost(peer.rank, broken);
+                        }
                     }
                 }
                 selector.selectedKeys().clear();
@@ -414,7 +421,7 @@ final class SocketGroup extends MeshGroup {
             }
             return key.isReadable() ? receive(peer) : null;
         } catch (IOException e) {
-            return "is out of reach: " + e.getMessage();
+            return GONE; // why not the reason: what a dead process did not read resets the socket
         } catch (Frame.Malformed e) {
             return "sent " + e.getMessage();
         }
@@ -425,7 +432,7 @@ final class SocketGroup extends MeshGroup {
             if (peer.header == null) {
                 int got = peer.channel.read(peer.head);
                 if (got < 0) {
-                    return "has gone: its process ended or cut the connection";
+                    return GONE;
                 }
                 if (peer.head.hasRemaining()) {
                     return null;
@@ -437,7 +444,7 @@ final class SocketGroup extends MeshGroup {
             if (peer.body.hasRemaining()) {
                 int got = peer.channel.read(peer.body);
                 if (got < 0) {
-                    return "has gone in the middle of a frame";
+                    return GONE;
                 }
                 if (peer.body.hasRemaining()) {
                     return null;

@@ -25,7 +25,7 @@ public final class MoeMetrics implements MeterBinder, AutoCloseable {
     private final MoeLayer layer;
     private final Tags tags;
     private final List<Map.Entry<MeterRegistry, Meter>> meters = new ArrayList<>();
-    private volatile SoftCounters last = new SoftCounters(0, 0, 0, 0);
+    private volatile SoftCounters last = new SoftCounters(0, 0, 0, 0, 0);
 
     /**
      * Meters with the tags {@code layer=name} and {@code backend}.

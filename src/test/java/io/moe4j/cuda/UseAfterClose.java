@@ -53,6 +53,8 @@ final class UseAfterClose {
         calls.put("check", layer::check);
         calls.put("validEpoch", () -> layer.validEpoch(0));
         calls.put("result", () -> layer.result(0, 1));
+        calls.put("peers", layer::peers);
+        calls.put("recover", layer::recover);
         calls.put("memory", layer::memory);
         calls.put("memory allocated before: allocate", () -> memory.allocate(DType.F32, 1));
         calls.put("memory allocated before: write", () -> memory.write(device, host));

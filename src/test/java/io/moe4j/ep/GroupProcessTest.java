@@ -10,6 +10,7 @@ import java.time.Duration;
 import java.util.ArrayList;
 import java.util.List;
 import java.util.Set;
+import java.util.concurrent.CompletableFuture;
 import java.util.concurrent.TimeUnit;
 import org.junit.jupiter.api.AfterEach;
 import org.junit.jupiter.api.Test;
@@ -84,8 +85,12 @@ class GroupProcessTest {
                     .isEqualTo(Set.of(1));
             assertThat(System.nanoTime() - start).isLessThan(5_000_000_000L);
             assertThat(zero.meet("alone", new byte[] {4}, Set.of(0)).get(0)).containsExactly(4);
+            CompletableFuture<Void> closed = zero.announce("closed");
             assertThat(two.isAlive()).isTrue();
-            assertThat(zero.announce("closed")).as("one is dead, one says nothing").isNotDone();
+            assertThat(closed).as("one is dead, one says nothing").isNotDone();
+            two.destroyForcibly().waitFor();
+            assertThat(closed).as("its GPU may still be at work").isNotDone();
+            closed.orTimeout(20, TimeUnit.SECONDS).join();
         }
     }
 }

@@ -1,0 +1,365 @@
+package io.moe4j.cuda;
+
+import static org.assertj.core.api.Assertions.assertThat;
+import static org.assertj.core.api.Assertions.assertThatThrownBy;
+import static org.assertj.core.api.Assertions.catchThrowableOfType;
+
+import io.moe4j.Harness;
+import io.moe4j.Harness.Batch;
+import io.moe4j.MoeGraph;
+import io.moe4j.Phase;
+import io.moe4j.RankLostException;
+import io.moe4j.Recovery;
+import io.moe4j.cuda.driver.Scope;
+import io.moe4j.ep.Group;
+import io.moe4j.ep.PeerStatistics;
+import java.io.IOException;
+import java.nio.ByteBuffer;
+import java.nio.ByteOrder;
+import java.nio.file.Path;
+import java.time.Duration;
+import java.util.ArrayList;
+import java.util.Arrays;
+import java.util.List;
+import java.util.Random;
+import java.util.Set;
+import java.util.concurrent.TimeUnit;
+import org.junit.jupiter.api.AfterEach;
+import org.junit.jupiter.api.BeforeEach;
+import org.junit.jupiter.api.Test;
+import org.junit.jupiter.api.Timeout;
+import org.junit.jupiter.api.io.TempDir;
+
+/**
+ * What goes wrong between ranks on two GPUs: every survivor names the lost rank within its budget,
+ * and computes on, alone and after recovery.
+ */
+@EnabledIfCuda(devices = 2)
+@Timeout(120)
+class FaultMultiGpuTest {
+    private static final long SLACK_MS = 500;
+    private static final int TOKENS = 17;
+
+    private GpuRank[] ranks;
+    private final Batch[] batches = new Batch[2];
+    private float[][][] expected;
+
+    @BeforeEach
+    void openAndRunAStep() {
+        for (int r = 0; r < 2; r++) {
+            batches[r] = GpuRank.batch(r, TOKENS, 3);
+        }
+        expected = GpuRank.expected(batches);
+        ranks = GpuRank.openAll(GpuRank.config());
+        for (int r = 0; r < 2; r++) {
+            ranks[r].load(batches[r]);
+        }
+        stepAndCompare();
+    }
+
+    @AfterEach
+    void close() {
+        for (GpuRank rank : ranks) {
+            rank.close();
+        }
+    }
+
+    private void stepAndCompare() {
+        for (GpuRank rank : ranks) {
+            rank.enqueue();
+        }
+        for (int r = 0; r < 2; r++) {
+            ranks[r].await();
+            ranks[r].harness.layer.check();
+            assertThat(ranks[r].output(TOKENS)).isDeepEqualTo(Arrays.copyOf(expected[r], TOKENS));
+        }
+    }
+
+    private void recoverAndCompare(int generation) {
+        Group.together(
+                List.of(ranks),
+                rank -> {
+                    Recovery agreed = rank.harness.layer.recover();
+                    assertThat(agreed.generation()).isEqualTo(generation);
+                    assertThat(agreed.members()).containsExactlyInAnyOrder(0, 1);
+                    rank.harness.layer.check();
+                });
+        stepAndCompare();
+        stepAndCompare();
+        for (GpuRank rank : ranks) {
+            rank.harness.layer.result(0, Recovery.epochOf(generation) + 2);
+        }
+    }
+
+    private static RankLostException lost(GpuRank rank) {
+        return catchThrowableOfType(RankLostException.class, rank.harness.layer::check);
+    }
+
+    private static long millis(Runnable work) {
+        long start = System.nanoTime();
+        work.run();
+        return TimeUnit.NANOSECONDS.toMillis(System.nanoTime() - start);
+    }
+
+    @Test
+    void shouldNameTheRankThatSkippedAStepAndRecoverWithGraphsCapturedBefore() {
+        try (MoeGraph zero = ranks[0].capture();
+                MoeGraph one = ranks[1].capture()) {
+            long took =
+                    millis(
+                            () -> {
+                                ranks[0].launch(zero);
+                                ranks[0].launch(zero);
+                                ranks[0].await();
+                            });
+            assertThat(took).isBetween(GpuRank.BUDGET.toMillis(), 500 + SLACK_MS);
+            RankLostException first = lost(ranks[0]);
+            assertThat(first.operation()).isEqualTo("dispatch_recv");
+            assertThat(first.rank()).isZero();
+            assertThat(first.peer()).isEqualTo(1);
+            assertThat(first.epochExpected()).isEqualTo(2);
+            assertThat(first.epochSeen()).isEqualTo(1);
+            assertThat(first.waited()).isBetween(GpuRank.BUDGET, GpuRank.BUDGET.plusMillis(500));
+            assertThatThrownBy(() -> ranks[0].harness.layer.result(0, 2))
+                    .isInstanceOf(RankLostException.class);
+
+            // the other comes late and hears of it at once
+            long late =
+                    millis(
+                            () -> {
+                                ranks[1].launch(one);
+                                ranks[1].await();
+                            });
+            assertThat(late).isLessThan(200);
+            RankLostException second = lost(ranks[1]);
+            assertThat(second.peer()).isZero();
+            assertThat(second.operation()).isEqualTo("combine_recv");
+            assertThat(second).hasMessageContaining("was aborted by its peer");
+
+            recoverAndCompare(1);
+            for (int i = 0; i < 20; i++) {
+                ranks[0].launch(zero);
+                ranks[1].launch(one);
+            }
+            for (int r = 0; r < 2; r++) {
+                ranks[r].await();
+                ranks[r].harness.layer.result(0, Recovery.epochOf(1) + 22);
+                assertThat(ranks[r].output(TOKENS))
+                        .isDeepEqualTo(Arrays.copyOf(expected[r], TOKENS));
+            }
+        }
+    }
+
+    @Test
+    void shouldNotRaiseAFalseAlarmWhenARankStallsForHalfTheBudget() throws Exception {
+        for (int late = 0; late < 2; late++) {
+            ranks[1 - late].enqueue();
+            Thread.sleep(GpuRank.BUDGET.toMillis() / 2);
+            ranks[late].enqueue();
+            for (int r = 0; r < 2; r++) {
+                ranks[r].await();
+                ranks[r].harness.layer.check();
+                assertThat(ranks[r].output(TOKENS))
+                        .isDeepEqualTo(Arrays.copyOf(expected[r], TOKENS));
+            }
+            int waiting = 1 - late;
+            PeerStatistics waited = ranks[waiting].harness.layer.peers().get(late);
+            assertThat(waited.rank()).isEqualTo(waiting);
+            assertThat(waited.peer()).isEqualTo(late);
+            assertThat(Duration.ofNanos(waited.waitedNanos()))
+                    .isBetween(GpuRank.BUDGET.dividedBy(3), GpuRank.BUDGET);
+            assertThat(waited.rowsReceived()).isEqualTo(visits(batches[late], waiting));
+            assertThat(ranks[waiting].harness.layer.peers().get(waiting).waitedNanos())
+                    .as("nobody waits long for itself")
+                    .isLessThan(10_000_000);
+        }
+    }
+
+    /** Tokens that choose an expert of a rank. */
+    private static long visits(Batch batch, int rank) {
+        int local = GpuRank.config().expertsPerRank();
+        return Arrays.stream(batch.ids())
+                .filter(ids -> Arrays.stream(ids).anyMatch(id -> id / local == rank))
+                .count();
+    }
+
+    @Test
+    void shouldNoticeAFlagThatIsAheadAndTellThePeer() {
+        corrupt(ranks[1], "dispatch_flags", 0, 40);
+        long took =
+                millis(
+                        () -> {
+                            // why one after the other: rank 0 would write the right flag over it
+                            for (int r = 1; r >= 0; r--) {
+                                ranks[r].enqueue();
+                                ranks[r].await();
+                            }
+                        });
+        assertThat(took).as("no bound has to pass").isLessThan(GpuRank.BUDGET.toMillis());
+        RankLostException seen = lost(ranks[1]);
+        assertThat(seen.peer()).isZero();
+        assertThat(seen.epochExpected()).isEqualTo(2);
+        assertThat(seen.epochSeen()).isEqualTo(40);
+        assertThat(seen).hasMessageContaining("saw an epoch that does not fit");
+        assertThat(lost(ranks[0]).peer()).isEqualTo(1);
+        recoverAndCompare(1);
+    }
+
+    /** Overwrites a word of a flag array. */
+    private void corrupt(GpuRank rank, String flags, int source, long value) {
+        ByteBuffer word = ByteBuffer.allocateDirect(8).order(ByteOrder.LITTLE_ENDIAN);
+        word.putLong(0, value);
+        int me = rank.layer().config().firstLocalRank();
+        try (Scope scope = rank.context().enter()) {
+            rank.context()
+                    .driver()
+                    .memcpyHtoD(rank.layer().handle(0).symmetric(me, flags) + 8L * source, word);
+            rank.context().driver().streamSynchronize(0L);
+        }
+    }
+
+    @Test
+    void shouldRunOnWithoutALostRankAndTakeItBack() {
+        ranks[0].enqueue();
+        ranks[0].await();
+        assertThat(lost(ranks[0]).peer()).isEqualTo(1);
+
+        Recovery alone = ranks[0].harness.layer.recover(Set.of(1));
+        assertThat(alone.members()).containsExactly(0);
+        float[][][] half = GpuRank.expected(GpuRank.without(Set.of(1), batches[0]), Batch.empty());
+        long before = ranks[0].harness.layer.counters().lostRows();
+        for (int i = 0; i < 3; i++) {
+            ranks[0].enqueue();
+        }
+        ranks[0].await();
+        ranks[0].harness.layer.result(0, alone.epoch() + 3);
+        assertThat(ranks[0].output(TOKENS)).isDeepEqualTo(Arrays.copyOf(half[0], TOKENS));
+        assertThat(ranks[0].harness.layer.counters().lostRows() - before)
+                .isEqualTo(3 * visits(batches[0], 1));
+
+        recoverAndCompare(2);
+        assertThatThrownBy(() -> ranks[0].harness.layer.recover(Set.of(0)))
+                .isInstanceOf(IllegalArgumentException.class)
+                .hasMessageContaining("holds a rank of this layer");
+        assertThatThrownBy(() -> ranks[0].harness.layer.recover(Set.of(2)))
+                .isInstanceOf(IllegalArgumentException.class)
+                .hasMessageContaining("outside 0..1");
+    }
+
+    @Test
+    void shouldEndThePeersWaitWhenAHealthyRankRecovers() throws Exception {
+        ranks[0].enqueue(); // waits for rank 1
+        Thread.sleep(50);
+        long took = millis(() -> recoverAndCompare(1));
+        assertThat(took).as("nobody waits for the bound").isLessThan(GpuRank.BUDGET.toMillis());
+    }
+
+    @Test
+    void shouldComputeOnInTheSameContextAfterAFault() {
+        ranks[1].enqueue();
+        ranks[1].await();
+        assertThat(lost(ranks[1]).peer()).isZero();
+        try (Harness other = new Harness(GpuRank.config().toBuilder().device(1).build())) {
+            float[][][] again = other.run(List.of(batches));
+            for (int r = 0; r < 2; r++) {
+                assertThat(Arrays.copyOf(again[r], TOKENS))
+                        .isDeepEqualTo(Arrays.copyOf(expected[r], TOKENS));
+            }
+        }
+    }
+
+    @Test
+    void shouldRefuseGraphsAndPhasesOfASplitStepWhileItRuns() {
+        ranks[0].harness.layer.enqueue(
+                ranks[0].stream().handle(), ranks[0].harness.step(), Phase.ROUTE, Phase.ROUTE);
+        recoverAndCompare(1); // a step that was begun is over
+    }
+
+    @TempDir Path folder;
+
+    @Test
+    void shouldNameAProcessThatWasKilledAtARandomMomentAndRunOnWithoutIt() throws Exception {
+        int rounds = Integer.getInteger("moe4j.kills", 4);
+        Random random = new Random(11);
+        float[][][] half = GpuRank.expected(GpuRank.without(Set.of(1), batches[0]), Batch.empty());
+        List<Long> heard = new ArrayList<>();
+        for (int round = 0; round < rounds; round++) {
+            Path meeting = folder.resolve("r" + round);
+            Process child = child(meeting);
+            try (Group group = Group.join(meeting, 0, 2, Duration.ofSeconds(30));
+                    GpuRank zero = GpuRank.open(GpuRank.config(), group)) {
+                zero.load(batches[0]);
+                MoeGraph graph = zero.capture();
+                group.exchange("loaded", new byte[0]);
+                long[] killed = {0};
+                int delay = 5 + random.nextInt(100);
+                Thread killer = new Thread(() -> killAfter(delay, child, killed));
+                killer.start();
+                RankLostException fault = runUntilFault(zero, graph);
+                long end = System.nanoTime();
+                killer.join();
+                heard.add(TimeUnit.NANOSECONDS.toMillis(end - killed[0]));
+                assertThat(fault).as("output of the child: %s", "killed").isNotNull();
+                assertThat(fault.rank()).isZero();
+                assertThat(fault.peer()).as(fault.getMessage()).isEqualTo(1);
+                assertThat(heard.get(round))
+                        .as("round %d, killed after %d ms", round, delay)
+                        .isLessThan(GpuRank.BUDGET.toMillis() + SLACK_MS);
+
+                Recovery alone = zero.harness.layer.recover(Set.of(1));
+                zero.launch(graph);
+                zero.enqueue();
+                zero.await();
+                zero.harness.layer.result(0, alone.epoch() + 2);
+                assertThat(zero.output(TOKENS)).isDeepEqualTo(Arrays.copyOf(half[0], TOKENS));
+                graph.close();
+            } finally {
+                child.destroyForcibly();
+            }
+        }
+        System.out.println("KILLS " + rounds + " rounds, heard of after ms " + heard);
+        stepAndCompare(); // other layers in these contexts go on
+    }
+
+    private static RankLostException runUntilFault(GpuRank rank, MoeGraph graph) {
+        long end = System.nanoTime() + 20_000_000_000L;
+        while (System.nanoTime() < end) {
+            rank.enqueue();
+            for (int i = 0; i < 9; i++) {
+                rank.launch(graph);
+            }
+            rank.await();
+            try {
+                rank.harness.layer.check();
+            } catch (RankLostException e) {
+                return e;
+            }
+        }
+        return null;
+    }
+
+    private static void killAfter(int millis, Process child, long[] killed) {
+        try {
+            Thread.sleep(millis);
+        } catch (InterruptedException e) {
+            Thread.currentThread().interrupt();
+        }
+        killed[0] = System.nanoTime();
+        child.destroyForcibly();
+    }
+
+    private static Process child(Path meeting) throws IOException {
+        return new ProcessBuilder(
+                        Path.of(System.getProperty("java.home"), "bin", "java").toString(),
+                        "-Xmx256m",
+                        "-cp",
+                        System.getProperty("java.class.path"),
+                        GpuRankMain.class.getName(),
+                        meeting.toString(),
+                        Integer.toString(TOKENS),
+                        "3")
+                .redirectErrorStream(true)
+                .redirectOutput(ProcessBuilder.Redirect.DISCARD)
+                .start();
+    }
+}
