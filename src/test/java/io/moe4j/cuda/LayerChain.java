@@ -12,6 +12,7 @@ import io.moe4j.cuda.driver.Drivers;
 import io.moe4j.cuda.driver.Scope;
 import io.moe4j.cuda.driver.Stream;
 import io.moe4j.ep.Group;
+import io.moe4j.model.Activation;
 import io.moe4j.model.MoeShape;
 import io.moe4j.model.RandomWeights;
 import io.moe4j.tensor.DType;
@@ -54,6 +55,8 @@ final class LayerChain implements AutoCloseable {
         MoeConfig.Builder builder =
                 MoeConfig.builder()
                         .backend("cuda")
+                        // why clamped: a plain SwiGLU squares what it is given, ten times over
+                        .activation(Activation.clampedSwiGlu(1.702f, 7f))
                         .hiddenDType(DType.BF16)
                         .outDType(DType.BF16)
                         .maxTokensPerRank(M)

@@ -17,6 +17,7 @@ import io.moe4j.tensor.Tensor;
 import java.nio.ByteBuffer;
 import java.nio.ByteOrder;
 import java.util.ArrayList;
+import java.util.Arrays;
 import java.util.List;
 import java.util.SplittableRandom;
 import java.util.concurrent.atomic.AtomicInteger;
@@ -234,6 +235,9 @@ class TenLayerMultiGpuTest {
             }
         }
         assertThat(different).as("outputs that are not zero").isGreaterThan(VARIANTS * M * 64L);
+        assertThat(Arrays.stream(outputs[0]).map(ByteBuffer::wrap).distinct().count())
+                .as("outputs that differ")
+                .isGreaterThan(VARIANTS / 2);
         return outputs;
     }
 
