@@ -61,7 +61,8 @@ public final class TwoBatchOverlap implements AutoCloseable {
     }
 
     /**
-     * {@return the parts of the schedule, for engines that put it together with work of their own}
+     * {@return the parts of the schedule in order, for programs that look at it or change it before
+     * {@link io.moe4j.MoeLayer#lanes}}
      *
      * @param first the steps of the first batch, layer by layer
      * @param second the steps of the second batch through the same layers, on other handles
