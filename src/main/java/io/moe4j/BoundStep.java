@@ -11,6 +11,9 @@ public interface BoundStep {
     /** {@return the layer this step belongs to} */
     MoeLayer layer();
 
+    /** {@return the handle it was bound with: which buffers and epochs it uses} */
+    int handleIndex();
+
     /** {@return what was bound, one element per local rank} */
     List<StepTensors> tensors();
 

@@ -152,6 +152,25 @@ public interface MoeLayer extends AutoCloseable {
     }
 
     /**
+     * Prepares a schedule of phases on several streams, so that parts of different steps run at the
+     * same time. The steps may belong to several layers of this backend; steps in flight together
+     * have different handles. The CPU backend runs the parts one after the other.
+     *
+     * <p>Over several GPUs all ranks need the same schedule, and no part may wait for a peer that
+     * comes to the matching send only after something that waits for this rank; {@code
+     * io.moe4j.overlap} has schedules for which that is shown. Allocates streams and events; not
+     * for a step.
+     *
+     * @param parts in the order they are to be enqueued, which must be one in which they could run
+     *     one after the other
+     * @return the schedule, which the caller closes; it keeps the layers' memory until then
+     * @throws IllegalArgumentException if there is no part, one waits for a later one, or a step
+     *     belongs to another backend
+     * @throws IllegalStateException if a layer is closed or not prepared
+     */
+    MoeLanes lanes(List<LanePart> parts);
+
+    /**
      * Waits until everything enqueued on {@code stream} is done (debugging and tools only).
      *
      * @param stream a CUstream handle; 0 for the default stream and on the CPU backend

@@ -3,6 +3,7 @@ package io.moe4j;
 import static com.tngtech.archunit.base.DescribedPredicate.not;
 import static com.tngtech.archunit.core.domain.JavaClass.Predicates.belongToAnyOf;
 import static com.tngtech.archunit.core.domain.JavaClass.Predicates.resideInAPackage;
+import static com.tngtech.archunit.core.domain.JavaClass.Predicates.resideInAnyPackage;
 import static com.tngtech.archunit.lang.syntax.ArchRuleDefinition.noClasses;
 import static com.tngtech.archunit.library.dependencies.SlicesRuleDefinition.slices;
 
@@ -71,6 +72,25 @@ class ArchitectureTest {
                             "io.moe4j.checker..",
                             "io.moe4j.bench..",
                             "io.moe4j.cli..");
+
+    @ArchTest
+    static final ArchRule rootAndBackendsKnowNoSchedules =
+            noClasses()
+                    .that()
+                    .resideInAnyPackage("io.moe4j", "io.moe4j.cpu..", "io.moe4j.cuda..")
+                    .should()
+                    .dependOnClassesThat()
+                    .resideInAPackage("io.moe4j.overlap");
+
+    @ArchTest
+    static final ArchRule schedulesKnowTheRootAlone =
+            noClasses()
+                    .that()
+                    .resideInAPackage("io.moe4j.overlap")
+                    .should()
+                    .dependOnClassesThat(
+                            resideInAPackage("io.moe4j..")
+                                    .and(not(resideInAnyPackage("io.moe4j", "io.moe4j.overlap"))));
 
     @ArchTest
     static final ArchRule nobodyDependsOnTheCpuBackend =

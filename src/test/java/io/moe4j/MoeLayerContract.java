@@ -6,6 +6,7 @@ import static org.assertj.core.api.Assertions.assertThatThrownBy;
 import io.moe4j.Harness.Batch;
 import io.moe4j.model.MoeShape;
 import io.moe4j.model.RandomWeights;
+import io.moe4j.overlap.TwoBatchOverlap;
 import io.moe4j.tensor.DType;
 import java.util.ArrayList;
 import java.util.List;
@@ -487,6 +488,46 @@ public abstract class MoeLayerContract {
             for (int t = 0; t < 5; t++) {
                 assertSameBits(gotSecond[t], wantSecond[t], "second " + t);
             }
+        }
+    }
+
+    @Test
+    void shouldGiveTheBitsOfSeparateStepsWhenTwoBatchesOverlap() {
+        MoeConfig config = config(SHAPE, 191).handles(2).build();
+        try (Harness layer = harness(config)) {
+            Harness.Second other = layer.second(1);
+            try (TwoBatchOverlap overlap = TwoBatchOverlap.of(layer.step(), other.step());
+                    MoeGraph graph = overlap.capture(stream())) {
+                for (int i = 0; i < 8; i++) {
+                    Batch first = Harness.random(SHAPE, new int[] {9, 0, 24, 1}[i % 4], 191 + i);
+                    Batch second = Harness.random(SHAPE, 5 * (i % 3), 291 + i);
+                    float[][] wantFirst = layer.run(first);
+                    float[][] wantSecond = layer.run(second);
+                    layer.write(List.of(first));
+                    other.write(second);
+                    if (i % 2 == 0) {
+                        overlap.enqueue(stream());
+                    } else {
+                        graph.launch(stream());
+                    }
+                    layer.layer.synchronize(stream());
+                    float[][] gotFirst = layer.outputs()[0];
+                    float[][] gotSecond = other.outputs();
+                    for (int t = 0; t < first.tokens(); t++) {
+                        assertSameBits(gotFirst[t], wantFirst[t], i + ", first " + t);
+                    }
+                    for (int t = 0; t < second.tokens(); t++) {
+                        assertSameBits(gotSecond[t], wantSecond[t], i + ", second " + t);
+                    }
+                }
+                overlap.close();
+                assertThatThrownBy(() -> overlap.enqueue(stream()))
+                        .isInstanceOf(IllegalStateException.class)
+                        .hasMessage("the schedule is closed: make a new one");
+            }
+            assertThatThrownBy(() -> TwoBatchOverlap.of(layer.step(), layer.step()))
+                    .isInstanceOf(IllegalArgumentException.class)
+                    .hasMessageContaining("both steps use handle 0");
         }
     }
 

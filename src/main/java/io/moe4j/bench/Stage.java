@@ -12,6 +12,10 @@ public enum Stage {
     STEP("step"),
     /** Dispatch and combine, without experts between them. */
     PAIR("pair"),
+    /** Two whole steps of half the tokens, one after the other. */
+    TWO_STEPS("two_steps"),
+    /** Two whole steps of half the tokens, one's experts while the other's rows travel. */
+    OVERLAP("overlap"),
     /** One dense 8192³ product by cuBLAS, which prefill is compared with. */
     DENSE("dense"),
     /** From opening a layer to its first output on the host, in a fresh process. */

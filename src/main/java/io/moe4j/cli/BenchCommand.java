@@ -14,6 +14,7 @@ import io.moe4j.bench.EpCase;
 import io.moe4j.bench.ExpertsBench;
 import io.moe4j.bench.LaunchBench;
 import io.moe4j.bench.Machine;
+import io.moe4j.bench.OverlapBench;
 import io.moe4j.bench.PeersFile;
 import io.moe4j.bench.Prefill;
 import io.moe4j.bench.RoutingPattern;
@@ -562,6 +563,15 @@ final class BenchCommand implements Runnable {
         private double skewUs;
 
         @Option(
+                names = "--overlap",
+                description = {
+                    "Instead, whole steps three ways: T tokens as one step, as two steps of T/2,"
+                            + " and as two overlapped steps of T/2. Time per layer of eight in a"
+                            + " graph."
+                })
+        private boolean overlap;
+
+        @Option(
                 names = "--peers",
                 paramLabel = "PEERS.json",
                 description = "Puts the times that bench/peers/nccl.py wrote beside ours.")
@@ -594,6 +604,11 @@ final class BenchCommand implements Runnable {
                 if (!options.backend().equals("cuda")) {
                     throw new IllegalArgumentException("bench ep needs GPUs: see moe4j info");
                 }
+                if (overlap && (cases != null || skewUs > 0 || !options.graph())) {
+                    throw new IllegalArgumentException(
+                            "--overlap times graphs of whole steps: leave out --cases, --skew and"
+                                    + " eager mode");
+                }
                 RoutingPattern routing = RoutingPattern.parse(layer.routing);
                 return cases == null
                         ? wholeSteps(options, report, routing)
@@ -607,6 +622,10 @@ final class BenchCommand implements Runnable {
             RandomWeights weights = layer.weights(report.seed);
             MoeConfig config =
                     MoeConfig.builder().weights(weights).activation(layer.activation()).build();
+            if (overlap) {
+                return new OverlapBench(options, gpus)
+                        .run(layer.model(), config, weights, routing, layer.tokens);
+            }
             return new EpBench(options, gpus, true, skewUs, List.of())
                     .run(layer.model(), config, weights, routing, layer.tokens);
         }

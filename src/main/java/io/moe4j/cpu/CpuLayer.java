@@ -4,9 +4,11 @@ import io.moe4j.BackendMemory;
 import io.moe4j.BoundStep;
 import io.moe4j.GraphPart;
 import io.moe4j.HandlePool;
+import io.moe4j.LanePart;
 import io.moe4j.MemoryPlan;
 import io.moe4j.MoeConfig;
 import io.moe4j.MoeGraph;
+import io.moe4j.MoeLanes;
 import io.moe4j.MoeLayer;
 import io.moe4j.Phase;
 import io.moe4j.ProgressListener;
@@ -86,6 +88,11 @@ final class CpuLayer implements MoeLayer {
     private record RouterScratch(CpuRouterTopK topK, float[] logits, double[] sums) {}
 
     private record CpuStep(CpuLayer layer, StepTensors[] ranks, int handle) implements BoundStep {
+        @Override
+        public int handleIndex() {
+            return handle;
+        }
+
         @Override
         public List<StepTensors> tensors() {
             return List.of(ranks);
@@ -441,6 +448,13 @@ final class CpuLayer implements MoeLayer {
 
     @Override
     public MoeGraph capture(long stream, List<GraphPart> parts) {
+        int layers = requireOwn(parts);
+        return trace.capture(
+                layers, parts.size(), watch -> new CpuGraph(parts, watch), CpuGraph::nodeCount);
+    }
+
+    /** Number of layers the parts belong to, all prepared ones of this backend. */
+    private static int requireOwn(List<GraphPart> parts) {
         Set<CpuLayer> layers = Collections.newSetFromMap(new IdentityHashMap<>());
         for (GraphPart part : parts) {
             if (!(part.step() instanceof CpuStep step)) {
@@ -450,11 +464,15 @@ final class CpuLayer implements MoeLayer {
             step.layer.requirePrepared();
             layers.add(step.layer);
         }
-        return trace.capture(
-                layers.size(),
-                parts.size(),
-                watch -> new CpuGraph(parts, watch),
-                CpuGraph::nodeCount);
+        return layers.size();
+    }
+
+    @Override
+    public MoeLanes lanes(List<LanePart> parts) {
+        List<GraphPart> inOrder =
+                LanePart.requireOrder(parts).stream().map(LanePart::part).toList();
+        requireOwn(inOrder);
+        return new CpuLanes(this, inOrder);
     }
 
     @Override

@@ -3,7 +3,9 @@ package io.moe4j.cuda;
 import io.moe4j.BoundStep;
 import io.moe4j.GraphPart;
 import io.moe4j.HostSyncCheckedLayer;
+import io.moe4j.LanePart;
 import io.moe4j.MoeGraph;
+import io.moe4j.MoeLanes;
 import io.moe4j.Phase;
 import io.moe4j.cuda.driver.CheckedDriver;
 import java.util.List;
@@ -44,6 +46,31 @@ final class CheckedCudaLayer extends ForwardingLayer implements HostSyncCheckedL
     @Override
     public MoeGraph capture(long stream, List<GraphPart> parts) {
         return new CheckedGraph(layer.capture(stream, inner(parts)), driver);
+    }
+
+    @Override
+    public MoeLanes lanes(List<LanePart> parts) {
+        return new CheckedLanes(layer.lanes(innerLanes(parts)), driver);
+    }
+
+    /** A schedule that is enqueued inside a no-sync zone, and so are graphs of it. */
+    private record CheckedLanes(MoeLanes lanes, CheckedDriver driver) implements MoeLanes {
+        @Override
+        public void enqueue(long stream) {
+            try (CheckedDriver.Zone zone = driver.noSyncZone("enqueue")) {
+                lanes.enqueue(stream);
+            }
+        }
+
+        @Override
+        public MoeGraph capture(long stream) {
+            return new CheckedGraph(lanes.capture(stream), driver);
+        }
+
+        @Override
+        public void close() {
+            lanes.close();
+        }
     }
 
     /** A graph whose launches run inside a no-sync zone. */

@@ -4,10 +4,12 @@ import io.moe4j.BackendMemory;
 import io.moe4j.BoundStep;
 import io.moe4j.GraphPart;
 import io.moe4j.HandlePool;
+import io.moe4j.LanePart;
 import io.moe4j.MemoryPlan;
 import io.moe4j.MoeConfig;
 import io.moe4j.MoeFaultException;
 import io.moe4j.MoeGraph;
+import io.moe4j.MoeLanes;
 import io.moe4j.MoeLayer;
 import io.moe4j.Phase;
 import io.moe4j.ProgressListener;
@@ -692,6 +694,19 @@ final class CudaLayer implements MoeLayer {
         if (parts.isEmpty()) {
             throw new IllegalArgumentException("nothing to capture: give at least one part");
         }
+        Set<CudaLayer> layers = layersOf(parts);
+        return capture(
+                stream,
+                layers.toArray(CudaLayer[]::new),
+                parts.size(),
+                () -> {
+                    for (GraphPart part : parts) {
+                        part.step().layer().enqueue(stream, part.step(), part.first(), part.last());
+                    }
+                });
+    }
+
+    private static Set<CudaLayer> layersOf(List<GraphPart> parts) {
         Set<CudaLayer> layers = Collections.newSetFromMap(new IdentityHashMap<>());
         for (GraphPart part : parts) {
             if (!(part.step() instanceof CudaStep step)) {
@@ -701,6 +716,11 @@ final class CudaLayer implements MoeLayer {
             }
             layers.add(step.cudaLayer());
         }
+        return layers;
+    }
+
+    /** Captures what {@code enqueue} enqueues on the stream and on others that join it again. */
+    MoeGraph capture(long stream, CudaLayer[] layers, int parts, Runnable enqueue) {
         Set<CudaLayer> pinned = Collections.newSetFromMap(new IdentityHashMap<>());
         try {
             for (CudaLayer layer : layers) {
@@ -715,9 +735,11 @@ final class CudaLayer implements MoeLayer {
                 }
             }
             return trace.capture(
-                    layers.size(),
-                    parts.size(),
-                    watch -> new CudaGraph(record(stream, parts), layers, watch),
+                    layers.length,
+                    parts,
+                    watch ->
+                            new CudaGraph(
+                                    GraphExec.capture(context, stream, enqueue), pinned, watch),
                     CudaGraph::nodeCount);
         } catch (RuntimeException | Error e) {
             pinned.forEach(CudaLayer::unpin);
@@ -725,15 +747,21 @@ final class CudaLayer implements MoeLayer {
         }
     }
 
-    private GraphExec record(long stream, List<GraphPart> parts) {
-        return GraphExec.capture(
-                context,
-                stream,
-                () -> {
-                    for (GraphPart part : parts) {
-                        part.step().layer().enqueue(stream, part.step(), part.first(), part.last());
-                    }
-                });
+    @Override
+    public MoeLanes lanes(List<LanePart> parts) {
+        Set<CudaLayer> layers =
+                layersOf(LanePart.requireOrder(parts).stream().map(LanePart::part).toList());
+        Set<CudaLayer> pinned = Collections.newSetFromMap(new IdentityHashMap<>());
+        try {
+            for (CudaLayer layer : layers) {
+                layer.pin();
+                pinned.add(layer);
+            }
+            return new CudaLanes(this, context, parts, pinned);
+        } catch (RuntimeException | Error e) {
+            pinned.forEach(CudaLayer::unpin);
+            throw e;
+        }
     }
 
     /** Keeps the memory while a graph uses it; {@link #unpin} undoes it. */
@@ -1163,6 +1191,11 @@ final class CudaLayer implements MoeLayer {
     /** Number of the layer in events and ranges. */
     int number() {
         return trace.number();
+    }
+
+    /** Which handle this is. */
+    int indexOf(CudaHandle handle) {
+        return Arrays.asList(handles).indexOf(handle);
     }
 
     /** For tests: the buffers of a handle. */

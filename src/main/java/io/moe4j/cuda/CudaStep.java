@@ -37,6 +37,11 @@ final class CudaStep implements BoundStep {
     }
 
     @Override
+    public int handleIndex() {
+        return layer.indexOf(handle);
+    }
+
+    @Override
     public List<StepTensors> tensors() {
         return tensors;
     }

@@ -4,8 +4,10 @@ import io.moe4j.BackendMemory;
 import io.moe4j.BoundStep;
 import io.moe4j.GraphPart;
 import io.moe4j.HandlePool;
+import io.moe4j.LanePart;
 import io.moe4j.MemoryPlan;
 import io.moe4j.MoeConfig;
+import io.moe4j.MoeLanes;
 import io.moe4j.MoeLayer;
 import io.moe4j.ProgressListener;
 import io.moe4j.Recovery;
@@ -36,6 +38,11 @@ abstract class ForwardingLayer implements MoeLayer {
         }
 
         @Override
+        public int handleIndex() {
+            return inner.handleIndex();
+        }
+
+        @Override
         public List<StepTensors> tensors() {
             return inner.tensors();
         }
@@ -57,6 +64,19 @@ abstract class ForwardingLayer implements MoeLayer {
             inner.add(new GraphPart(inner(part.step()), part.first(), part.last()));
         }
         return inner;
+    }
+
+    static List<LanePart> innerLanes(List<LanePart> parts) {
+        List<LanePart> inner = new ArrayList<>();
+        for (LanePart one : parts) {
+            inner.add(new LanePart(inner(List.of(one.part())).get(0), one.lane(), one.after()));
+        }
+        return inner;
+    }
+
+    @Override
+    public MoeLanes lanes(List<LanePart> parts) {
+        return layer.lanes(innerLanes(parts));
     }
 
     @Override

@@ -1,0 +1,2 @@
+/** Schedules that run parts of several steps at the same time. */
+package io.moe4j.overlap;
