@@ -2,8 +2,9 @@
 // bench_cases.h and of prefill, cold weights, graph replay, medians; and bits compared between the
 // wgmma kernels and those with mma.sync, over poisoned outputs.
 //
-//   bench_main [cases] [prefill] [verify] [only=N]
+//   bench_main [cases] [prefill] [verify] [only=N] [kernels=NAME]
 //
+// kernels: times these alone, for example prefill+pdl; bits are compared with mma.sync all the same.
 // Prefill prints the rate of cuBLAS beside, measured before each time of a chain, where the variable CUBLAS
 // names libcublas.so.13.
 #include <dlfcn.h>
@@ -70,6 +71,37 @@ struct Random {
 };
 
 int g_sms;
+const char* g_kernels = nullptr;  // the name of one of kVariants, or all
+
+bool is_wanted(const Variant& v) { return g_kernels == nullptr || std::strcmp(g_kernels, v.name) == 0; }
+
+// The first SM's clock and the time.
+__global__ void read_clocks(unsigned long long* clocks) {
+    unsigned sm;
+    asm volatile("mov.u32 %0, %%smid;" : "=r"(sm));
+    if (sm == 0 && threadIdx.x == 0) {
+        unsigned long long clock, ns;
+        asm volatile("mov.u64 %0, %%clock64;" : "=l"(clock));
+        asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
+        clocks[0] = clock, clocks[1] = ns;
+    }
+}
+
+// The SM clock, in GHz, between two moments in the stream.
+struct ClockRate {
+    unsigned long long* at;
+    cudaStream_t stream;
+
+    explicit ClockRate(cudaStream_t stream) : stream(stream) {
+        CHECK_CUDA(cudaMallocManaged(&at, 4 * sizeof(*at)));
+    }
+    ~ClockRate() { cudaFree(at); }
+    void mark(int end) { read_clocks<<<8 * g_sms, 32, 0, stream>>>(at + 2 * end); }
+    double ghz() const {  // once the stream has passed both
+        return static_cast<double>(at[2] - at[0]) / static_cast<double>(at[3] - at[1]);
+    }
+};
+
 cudaStream_t g_stream;
 uint8_t* g_pool;
 size_t g_pool_bytes;
@@ -181,7 +213,7 @@ struct Bench {
     }
 
     // Median time of a stage over replays of a graph that goes through the sets.
-    double time_us(const Variant& v, int stage, int replays) {
+    double time_us(const Variant& v, int stage, int replays, double* ghz = nullptr) {
         const int rounds = std::max(1, 8 / sets);
         cudaGraph_t graph;
         cudaGraphExec_t exec;
@@ -193,7 +225,9 @@ struct Bench {
         CHECK_CUDA(cudaEventCreate(&a));
         CHECK_CUDA(cudaEventCreate(&b));
         std::vector<float> times;
+        ClockRate clock(g_stream);
         for (int i = 0; i < replays + 2; i++) {
+            if (i == 2) clock.mark(0);
             CHECK_CUDA(cudaEventRecord(a, g_stream));
             CHECK_CUDA(cudaGraphLaunch(exec, g_stream));
             CHECK_CUDA(cudaEventRecord(b, g_stream));
@@ -202,6 +236,9 @@ struct Bench {
             CHECK_CUDA(cudaEventElapsedTime(&ms, a, b));
             if (i >= 2) times.push_back(ms);
         }
+        clock.mark(1);
+        CHECK_CUDA(cudaStreamSynchronize(g_stream));
+        if (ghz != nullptr) *ghz = clock.ghz();
         std::sort(times.begin(), times.end());
         CHECK_CUDA(cudaEventDestroy(a));
         CHECK_CUDA(cudaEventDestroy(b));
@@ -228,6 +265,7 @@ struct Bench {
         int wrong = 0;
         const auto expected = outputs(kVariants[0], 0, 0xff);
         for (const Variant& v : kVariants) {
+            if (!is_wanted(v)) continue;
             for (int again = 0; again < 2; again++) {
                 const auto got = outputs(v, 0, 0xff);
                 if (got == expected) continue;
@@ -271,7 +309,7 @@ int verify_odd() {
 }
 
 // TFLOP/s of cuBLAS in dense 8192^3 products of random data, one after the other; 0 without cuBLAS.
-double dense_tflops() {
+double dense_tflops(double* ghz) {
     constexpr int kSize = 8192, kProducts = 25, kOpN = 0, kOpT = 1, kBf16 = 14, kCompute32F = 68, kDefault = -1;
     using Create = int (*)(void**);
     using SetStream = int (*)(void*, cudaStream_t);
@@ -290,7 +328,9 @@ double dense_tflops() {
     cudaEvent_t a, b;
     CHECK_CUDA(cudaEventCreate(&a));
     CHECK_CUDA(cudaEventCreate(&b));
+    ClockRate clock(g_stream);
     for (int i = -2; i < kProducts; i++) {
+        if (i == 0) clock.mark(0);
         if (i == 0) CHECK_CUDA(cudaEventRecord(a, g_stream));
         if (gemm(handle, kOpT, kOpN, kSize, kSize, kSize, &one, g_pool, kBf16, kSize, g_pool + 2ull * kSize * kSize,
                  kBf16, kSize, &zero, out, kBf16, kSize, kCompute32F, kDefault) != 0) {
@@ -298,7 +338,9 @@ double dense_tflops() {
         }
     }
     CHECK_CUDA(cudaEventRecord(b, g_stream));
+    clock.mark(1);
     CHECK_CUDA(cudaStreamSynchronize(g_stream));
+    *ghz = clock.ghz();
     float ms;
     CHECK_CUDA(cudaEventElapsedTime(&ms, a, b));
     CHECK_CUDA(cudaEventDestroy(a));
@@ -314,7 +356,9 @@ void bench_cases(int only, bool verify, bool time) {
     int cases = 0;
     if (time) {
         std::printf("%-34s %6s %6s |", "chain us", "floor", "peer");
-        for (const Variant& v : kVariants) std::printf(" %12s", v.name);
+        for (const Variant& v : kVariants) {
+            if (is_wanted(v)) std::printf(" %12s", v.name);
+        }
         std::printf(" | best/floor best/peer | gate_up down of the best without PDL, / floor\n");
     }
     for (const BenchCase& c : kBenchCases) {
@@ -323,11 +367,12 @@ void bench_cases(int only, bool verify, bool time) {
         if (verify) wrong += bench.verify(c.name);
         if (!time) continue;
         std::printf("%-34s %6.1f %6.1f |", c.name, c.floor[2], c.peer[2]);
-        int best = 0;
+        int best = -1;
         std::vector<double> us(n);
         for (int i = 0; i < n; i++) {
+            if (!is_wanted(kVariants[i])) continue;
             us[i] = bench.time_us(kVariants[i], kChain, i == 0 ? 3 : 15);
-            if (us[i] < us[best]) best = i;
+            if (best < 0 || us[i] < us[best]) best = i;
             log_sum[i] += std::log(us[i] / c.floor[2]);
             std::printf(" %12.1f", us[i]);
             std::fflush(stdout);
@@ -342,7 +387,9 @@ void bench_cases(int only, bool verify, bool time) {
     }
     if (time && cases > 0) {
         std::printf("geometric mean / floor                           |");
-        for (int i = 0; i < n; i++) std::printf(" %12.3f", std::exp(log_sum[i] / cases));
+        for (int i = 0; i < n; i++) {
+            if (is_wanted(kVariants[i])) std::printf(" %12.3f", std::exp(log_sum[i] / cases));
+        }
         std::printf(" | %5.3f\n", std::exp(best_log / cases));
     }
     if (verify) std::printf("bits: %s\n", wrong == 0 ? "all variants equal mma.sync" : "SOME DIFFER");
@@ -366,14 +413,22 @@ void bench_prefill(bool verify) {
         if (verify) std::printf("%s", bench.verify(s.name) ? "" : "bits equal; ");
         const double flop = 2.0 * bench.rows * s.hidden * s.intermediate;
         std::printf("%-36s", s.name);
+        // the share of the clocks in which the tensor cores multiply, at 4096 operations a clock and SM
+        auto busy = [](double tflops, double ghz) { return 100 * tflops / (4.096 * g_sms * ghz); };
         for (const Variant& v : kVariants) {
-            const int replays = v.gate_up == moe_gate_up_mma ? 1 : 5;
-            const double g1 = bench.time_us(v, kGateUp, replays), g2 = bench.time_us(v, kDown, replays);
-            const double dense = dense_tflops();
-            const double both = bench.time_us(v, kChain, replays), chain = 3 * flop / both * 1e-6;
-            std::printf(" | %s %.0f us, TFLOP/s %.0f %.0f chain %.0f", v.name, both, 2 * flop / g1 * 1e-6,
-                        flop / g2 * 1e-6, chain);
-            if (dense > 0) std::printf(", cuBLAS %.0f: %.2f", dense, chain / dense);
+            if (!is_wanted(v)) continue;
+            const int replays = v.gate_up == moe_gate_up_mma ? 1 : 9;
+            double ghz1, ghz2, ghz, dense_ghz = 1;
+            const double g1 = 2 * flop / bench.time_us(v, kGateUp, replays, &ghz1) * 1e-6;
+            const double g2 = flop / bench.time_us(v, kDown, replays, &ghz2) * 1e-6;
+            const double dense = dense_tflops(&dense_ghz);
+            const double us = bench.time_us(v, kChain, replays, &ghz), chain = 3 * flop / us * 1e-6;
+            std::printf(" | %s %.0f us, TFLOP/s %.0f %.0f chain %.0f, busy %.1f %.1f %.1f %% at %.2f GHz", v.name, us,
+                        g1, g2, chain, busy(g1, ghz1), busy(g2, ghz2), busy(chain, ghz), ghz);
+            if (dense > 0) {
+                std::printf(", cuBLAS %.0f, busy %.1f %% at %.2f GHz: %.2f", dense, busy(dense, dense_ghz), dense_ghz,
+                            chain / dense);
+            }
             std::fflush(stdout);
         }
         std::printf("\n");
@@ -392,6 +447,7 @@ int main(int argc, char** argv) {
     int only = 0;
     for (int i = 1; i < argc; i++) {
         if (std::strncmp(argv[i], "only=", 5) == 0) only = std::atoi(argv[i] + 5);
+        if (std::strncmp(argv[i], "kernels=", 8) == 0) g_kernels = argv[i] + 8;
     }
     std::setvbuf(stdout, nullptr, _IOLBF, 0);
     CHECK_CUDA(cudaStreamCreateWithFlags(&g_stream, cudaStreamNonBlocking));

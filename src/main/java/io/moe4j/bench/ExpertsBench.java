@@ -16,12 +16,9 @@ import io.moe4j.model.MoeShape;
 import io.moe4j.model.RandomWeights;
 import java.util.ArrayList;
 import java.util.Arrays;
-import java.util.Comparator;
 import java.util.List;
 import java.util.Map;
-import java.util.Optional;
 import java.util.function.IntFunction;
-import java.util.stream.Stream;
 
 /**
  * The experts phase of one rank over counts that only the device knows: the chain, and on CUDA each
@@ -58,16 +55,15 @@ public final class ExpertsBench {
         List<BenchRow> rows = new ArrayList<>();
         for (int i = 0; i < cases.size(); i++) {
             BenchCase benchCase = cases.get(i);
-            rows.addAll(measure(benchCase));
+            rows.addAll(measure(benchCase, false));
             options.progress().progress(i + 1, cases.size());
         }
         return rows;
     }
 
     /**
-     * Measures all cases, and a dense product before and after each prefill: the faster one becomes
-     * the row that follows it. why around each: both heat the GPU, whose clock falls by a third
-     * within a second, and the product must run at the clock of what is judged by it.
+     * Measures all cases, and beside each prefill, in turns with it, a dense product, which becomes
+     * the row that follows it.
      *
      * @param cases what to measure
      * @return the measurements
@@ -76,19 +72,14 @@ public final class ExpertsBench {
         List<BenchRow> rows = new ArrayList<>();
         for (int i = 0; i < cases.size(); i++) {
             boolean prefill = cases.get(i).number() >= Prefill.FIRST_NUMBER;
-            Optional<BenchRow> before = prefill ? dense() : Optional.empty();
-            rows.addAll(measure(cases.get(i)));
-            Optional<BenchRow> after = before.isPresent() ? dense() : before;
-            Stream.concat(before.stream(), after.stream())
-                    .min(Comparator.comparingDouble(BenchRow::medianUs))
-                    .ifPresent(rows::add);
+            rows.addAll(measure(cases.get(i), prefill));
             options.progress().progress(i + 1, cases.size());
         }
         return rows;
     }
 
-    private List<BenchRow> measure(BenchCase benchCase) {
-        return options.backend().equals("cuda") ? onCuda(benchCase) : onCpu(benchCase);
+    private List<BenchRow> measure(BenchCase benchCase, boolean besideDense) {
+        return options.backend().equals("cuda") ? onCuda(benchCase, besideDense) : onCpu(benchCase);
     }
 
     MoeConfig config(BenchCase benchCase, RandomWeights vectors) {
@@ -122,7 +113,7 @@ public final class ExpertsBench {
 
     // ------------------------------------------------------------------ CUDA
 
-    private List<BenchRow> onCuda(BenchCase benchCase) {
+    private List<BenchRow> onCuda(BenchCase benchCase, boolean besideDense) {
         RandomWeights vectors = vectors(benchCase);
         MoeConfig config = config(benchCase, vectors);
         try (CudaProbe probe = new CudaProbe()) {
@@ -135,7 +126,7 @@ public final class ExpertsBench {
                 layers.runAll();
                 double error = layers.check();
                 float[] before = layers.output(0);
-                List<BenchRow> rows = stages(benchCase, probe, layers, sets, error);
+                List<BenchRow> rows = stages(benchCase, probe, layers, sets, error, besideDense);
                 layers.runAll();
                 if (!Arrays.equals(before, layers.output(0))) {
                     throw new IllegalStateException(
@@ -176,30 +167,55 @@ public final class ExpertsBench {
     }
 
     private List<BenchRow> stages(
-            BenchCase benchCase, CudaProbe probe, LayerSet layers, int sets, double error) {
+            BenchCase benchCase,
+            CudaProbe probe,
+            LayerSet layers,
+            int sets,
+            double error,
+            boolean besideDense) {
         List<BenchRow> rows = new ArrayList<>();
         CudaTimer timer = new CudaTimer(probe, options.sampleMs());
         List<BoundStep> all = CudaProbe.rotatingWeights(layers.steps());
-        try (Baseline baseline = new Baseline(benchCase, probe, timer, sets)) {
-            for (Stage stage : List.of(Stage.G1, Stage.G2, Stage.CHAIN)) {
-                int rotating = Math.min(sets, wantedSets(benchCase, stage));
-                List<BoundStep> steps = all.subList(0, rotating);
+        List<Stage> stages = List.of(Stage.G1, Stage.G2, Stage.CHAIN);
+        List<CudaTimer.Task> tasks = new ArrayList<>();
+        for (Stage stage : stages) {
+            List<BoundStep> steps = all.subList(0, Math.min(sets, wantedSets(benchCase, stage)));
+            tasks.add(
+                    new CudaTimer.Task(
+                            rounds -> work(probe, steps, part(stage), rounds), steps.size()));
+        }
+        try (Dense dense = new Dense(probe, besideDense);
+                Baseline baseline = new Baseline(benchCase, probe, timer, sets)) {
+            List<Sample> samples = new ArrayList<>();
+            if (dense.task() != null) {
+                tasks.add(dense.task());
+                samples.addAll(timer.timeInTurns(tasks));
+            }
+            for (int i = 0; i < stages.size(); i++) {
+                Stage stage = stages.get(i);
                 Part part = part(stage);
-                Sample sample = timer.time(rounds -> work(probe, steps, part, rounds), rotating);
+                CudaTimer.Task task = tasks.get(i);
+                Sample sample =
+                        dense.task() != null
+                                ? samples.get(i)
+                                : timer.time(task.rounds(), task.sets());
                 rows.add(
                         Rows.row(
                                         "experts",
                                         benchCase,
                                         stage,
                                         options,
-                                        rotating,
+                                        task.sets(),
                                         sample,
                                         cost(benchCase, stage),
                                         options.baseline(),
-                                        baseline.us(part, rotating),
+                                        baseline.us(part, task.sets()),
                                         error)
                                 .withKernels(
-                                        String.join(" ", CudaProbe.kernels(steps.get(0), part))));
+                                        String.join(" ", CudaProbe.kernels(all.get(0), part))));
+            }
+            if (dense.task() != null) {
+                rows.add(dense.row(samples.get(stages.size())));
             }
         }
         return rows;
@@ -265,15 +281,12 @@ public final class ExpertsBench {
     }
 
     /**
-     * One dense product of {@link #DENSE}³ by cuBLAS, beside which prefill is judged; nothing on
-     * the CPU, or where cuBLAS cannot be used.
+     * A dense product of {@link #DENSE}³ by cuBLAS, beside which prefill is judged, if it is asked
+     * for and there.
      */
-    private Optional<BenchRow> dense() {
-        if (!options.backend().equals("cuda")) {
-            return Optional.empty();
-        }
+    private final class Dense implements AutoCloseable {
         // as gate/up of one expert: [N, H] · [2·I, H]ᵀ with N = H = 2·I
-        BenchCase square =
+        private final BenchCase square =
                 new BenchCase(
                         0,
                         "dense",
@@ -286,26 +299,45 @@ public final class ExpertsBench {
                         "uniform",
                         new int[] {DENSE},
                         Map.of());
-        try (CudaProbe probe = new CudaProbe();
-                CudaProbe.Cublas cublas = probe.cublas(square.counts(), DENSE, DENSE / 2, 1)) {
-            CudaTimer timer = new CudaTimer(probe, options.sampleMs());
-            Sample sample = timer.time(rounds -> replay(cublas, Part.GATE_UP, 1, rounds), 1);
-            return Optional.of(
-                    Rows.row(
-                                    "dense",
-                                    square,
-                                    Stage.DENSE,
-                                    options,
-                                    1,
-                                    sample,
-                                    cost(square, Stage.G1),
-                                    null,
-                                    null,
-                                    null)
-                            .withKernels("cuBLAS " + cublas.version()));
-        } catch (BackendUnavailableException e) {
-            notes.add("no dense product: " + e.getMessage());
-            return Optional.empty();
+        private CudaProbe.Cublas cublas;
+
+        Dense(CudaProbe probe, boolean asked) {
+            if (asked) {
+                try {
+                    cublas = probe.cublas(square.counts(), DENSE, DENSE / 2, 1);
+                } catch (BackendUnavailableException e) {
+                    notes.add("no dense product: " + e.getMessage());
+                }
+            }
+        }
+
+        /** The product; null if there is none. */
+        CudaTimer.Task task() {
+            return cublas == null
+                    ? null
+                    : new CudaTimer.Task(rounds -> replay(cublas, Part.GATE_UP, 1, rounds), 1);
+        }
+
+        BenchRow row(Sample sample) {
+            return Rows.row(
+                            "dense",
+                            square,
+                            Stage.DENSE,
+                            options,
+                            1,
+                            sample,
+                            cost(square, Stage.G1),
+                            null,
+                            null,
+                            null)
+                    .withKernels("cuBLAS " + cublas.version());
+        }
+
+        @Override
+        public void close() {
+            if (cublas != null) {
+                cublas.close();
+            }
         }
     }
 
