@@ -6,6 +6,7 @@
 // is summed in float64 by a fixed tree in each CTA that needs it. After a fault nothing is written
 // and valid_epoch stays; the last CTA publishes counters, then valid_epoch with release.
 // Reads combine_flags, combine_rows, home_mask, hidden, shared_out. Writes out rows < T, counters.
+#include "../comm/publish.cuh"
 #include "../comm/signal.cuh"
 #include "../common/math.cuh"
 #include "../layout/foreign.cuh"
@@ -82,26 +83,6 @@ __device__ __forceinline__ void combine_token(const StepParams& p, const LocalRa
         }
     }
     store_8(me.out, at, sum, valid, p.out_dtype, vectors);
-}
-
-// Thread r: what is known of rank r. Plain stores to pinned memory.
-__device__ __forceinline__ void publish_peer(const LocalRank& me, int peer) {
-    const uint64_t* from = me.peer_totals + peer * kPeerWords;
-    PeerStats* to = me.stats + peer;
-    to->rows_received = from[kPeerRows];
-    to->waited_ns = from[kPeerWaited];
-    to->waited_ns_combine = from[kPeerWaitedCombine];
-    to->waited_total_ns = from[kPeerWaitedTotal];
-}
-
-__device__ __forceinline__ void publish_step(const LocalRank& me) {
-    me.totals[kTotalSteps] += 1;
-    me.counters->steps = me.totals[kTotalSteps];
-    me.counters->dropped_ids = me.totals[kTotalDropped];
-    me.counters->duplicate_ids = me.totals[kTotalDuplicates];
-    me.counters->over_capacity_tokens = me.totals[kTotalOverCapacity];
-    me.counters->lost_rows = me.totals[kTotalLostRows];
-    ptx::store_release_sys(&me.error->valid_epoch, me.epoch[kThisStep]);
 }
 
 }  // namespace moe

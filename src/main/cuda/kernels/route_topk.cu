@@ -6,6 +6,7 @@
 // A rank that is no member gets no rows: its bit is left out of home_mask, and the row is counted.
 // Reads token_count, members, topk_ids and topk_weights or router_logits or logits. Writes home_tokens,
 // home_ids, home_weights, home_mask, epoch, totals.
+#include "../comm/publish.cuh"
 #include "../comm/signal.cuh"
 #include "../common/math.cuh"
 #include "../layout/recv_buffer.cuh"
@@ -16,14 +17,6 @@ constexpr int kTopKThreads = 128;
 constexpr int kTopKWarps = kTopKThreads / 32;
 constexpr int kCachedRankings = 512;  // experts past these are ranked anew in every pass
 constexpr int kMaxGroups = 1024;
-
-enum TotalWord {
-    kTotalSteps = 0,
-    kTotalDropped = 1,
-    kTotalDuplicates = 2,
-    kTotalOverCapacity = 3,
-    kTotalLostRows = 4
-};
 
 struct Ranked {
     double value;
@@ -203,12 +196,6 @@ __device__ __forceinline__ void select_experts(int& id, float& weight, TokenRank
         }
     }
     weight = __double2float_rn(__dmul_rn(score / divisor, static_cast<double>(p.scale)));
-}
-
-__device__ __forceinline__ void add_total(const LocalRank& me, TotalWord word, uint64_t count) {
-    if (count != 0) {
-        atomicAdd(reinterpret_cast<unsigned long long*>(me.totals + word), count);
-    }
 }
 
 }  // namespace moe

@@ -217,7 +217,9 @@ final class CudaLayer implements MoeLayer {
      * that waits for a peer.
      */
     private void warmUp() {
-        try (DeviceBuffer nothing = new DeviceBuffer(context, 256);
+        // why so large: a kernel may read a few tokens before it knows that there are none
+        long eager = 64L + 8L * Math.max(config.shape().hidden(), config.shape().topK()) * 4;
+        try (DeviceBuffer nothing = new DeviceBuffer(context, eager);
                 Stream stream = new Stream(context);
                 Scope scope = context.enter()) {
             context.driver().memsetD8(nothing.address(), (byte) 0, nothing.size());
@@ -225,10 +227,8 @@ final class CudaLayer implements MoeLayer {
             for (CudaHandle handle : handles) {
                 CudaStep step = pack(List.of(noTokens(nothing)), handle, weightsBase, true);
                 try {
-                    for (Phase phase : PHASES) {
-                        for (Kernel kernel : kernels.of(phase)) {
-                            kernel.launch(context.driver(), 1, stream.handle(), step.params());
-                        }
+                    for (Kernel kernel : warmUpFlow()) {
+                        kernel.launch(context.driver(), 1, stream.handle(), step.params());
                     }
                     stream.synchronize();
                 } finally {
@@ -248,7 +248,17 @@ final class CudaLayer implements MoeLayer {
         }
     }
 
-    /** Nothing is read but the count, which is 0. */
+    /** Every kernel of the layer: each phase alone, then a whole step. */
+    private List<Kernel> warmUpFlow() {
+        List<Kernel> flow = new ArrayList<>();
+        for (Phase phase : PHASES) {
+            flow.addAll(List.of(kernels.of(phase)));
+        }
+        flow.addAll(List.of(kernels.flow(Phase.ROUTE, Phase.COMBINE_RECV)));
+        return flow;
+    }
+
+    /** Nothing is used but the count, which is 0. */
     private StepTensors noTokens(DeviceBuffer nothing) {
         Tensor count = Tensor.device(nothing.address(), DType.I32, 1);
         boolean topk = config.routingInput() == RoutingInput.TOPK;
@@ -520,6 +530,11 @@ final class CudaLayer implements MoeLayer {
                         "combine_rows")) {
             to.put("off_" + buffer, layout.symmetric().offset(buffer));
         }
+        boolean lines = layout.symmetric().has("dispatch_lines");
+        to.put("wire", lines ? 1 : 0);
+        for (String buffer : List.of("dispatch_lines", "combine_lines")) {
+            to.put("off_" + buffer, lines ? layout.symmetric().offset(buffer) : 0L);
+        }
         to.put("ranks", handle.rankViews());
         to.put("locals", locals);
         boolean ownRouter = config.routingInput() == RoutingInput.HIDDEN;
@@ -618,15 +633,10 @@ final class CudaLayer implements MoeLayer {
     private void launch(long stream, CudaStep step, Phase first, Phase last) {
         CudaHandle handle = step.handle();
         handle.stepInFlight = step;
-        for (Phase phase = first; ; phase = next(phase)) {
-            for (Kernel kernel : kernels.of(phase)) {
-                kernel.launch(context.driver(), config.localRanks(), stream, step.params());
-            }
-            handle.nextPhase = next(phase);
-            if (phase == last) {
-                break;
-            }
+        for (Kernel kernel : kernels.flow(first, last)) {
+            kernel.launch(context.driver(), config.localRanks(), stream, step.params());
         }
+        handle.nextPhase = next(last);
         if (last == Phase.COMBINE_RECV) {
             handle.stepInFlight = null;
         }
@@ -1010,8 +1020,7 @@ final class CudaLayer implements MoeLayer {
                 }
                 context.driver().contextSynchronize();
                 Recovery agreed = agree(members);
-                long mask =
-                        members.stream().mapToLong(rank -> 1L << rank).reduce(0L, (a, b) -> a | b);
+                long mask = PeerMemory.maskOf(members);
                 for (CudaHandle handle : handles) {
                     handle.begin(agreed.epoch(), mask);
                 }
@@ -1118,6 +1127,8 @@ final class CudaLayer implements MoeLayer {
                         "dispatch_flags",
                         "combine_flags",
                         "abort_words",
+                        "dispatch_lines",
+                        "combine_lines",
                         "members",
                         "peer_totals",
                         "epoch",

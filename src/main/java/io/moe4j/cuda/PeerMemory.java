@@ -45,6 +45,9 @@ final class PeerMemory implements AutoCloseable {
     /** Tells the ranks of this process from others, also where process numbers repeat. */
     private static final UUID PROCESS = UUID.randomUUID();
 
+    /** Meetings that what an earlier one left behind may spoil. */
+    private static final int RECOVERY_ATTEMPTS = 8;
+
     private static final byte OK = 0;
     private static final byte FAILED = 1;
 
@@ -355,46 +358,62 @@ final class PeerMemory implements AutoCloseable {
 
     /**
      * Meets the members of a new generation. Twice: the second time every rank shows whom it heard
-     * the first time, so that what a failed meeting left behind is not taken for an answer.
+     * the first time, so that what a failed meeting left behind is not taken for an answer. If it
+     * was, all see it, and begin again.
      *
      * @param valid by handle: the last valid step of this rank; afterwards that of all members
      * @return the newest generation that any of them is in
      */
     int agreeOnGeneration(int generation, Set<Integer> members, long[] valid) {
-        long mask = members.stream().mapToLong(rank -> 1L << rank).reduce(0L, (a, b) -> a | b);
         ByteBuffer mine = ByteBuffer.allocate(20 + 8 * valid.length);
-        mine.putLong(new SecureRandom().nextLong()).putLong(mask).putInt(generation);
-        for (long epoch : valid) {
-            mine.putLong(epoch);
+        for (int attempt = 0; attempt < RECOVERY_ATTEMPTS; attempt++) {
+            mine.clear();
+            mine.putLong(new SecureRandom().nextLong());
+            mine.putLong(maskOf(members)).putInt(generation);
+            for (long epoch : valid) {
+                mine.putLong(epoch);
+            }
+            List<byte[]> all = group.meet("recovery" + name, mine.array(), members);
+            if (heardTheSame(all, members)) {
+                return newest(all, members, valid);
+            }
         }
-        List<byte[]> all = group.meet("recovery" + name, mine.array(), members);
+        throw new GroupException(
+                "rank " + group.rank() + ": the ranks do not agree on a recovery: call it again",
+                Set.of());
+    }
+
+    static long maskOf(Set<Integer> ranks) {
+        return ranks.stream().mapToLong(rank -> 1L << rank).reduce(0L, (a, b) -> a | b);
+    }
+
+    private boolean heardTheSame(List<byte[]> all, Set<Integer> members) {
         MessageDigest heard = sha256();
-        int newest = 0;
         for (int rank : new TreeSet<>(members)) {
-            ByteBuffer from = ByteBuffer.wrap(all.get(rank));
             heard.update(all.get(rank));
+        }
+        byte[] digest = heard.digest();
+        List<byte[]> digests = group.meet("end of recovery" + name, digest, members);
+        return members.stream().allMatch(r -> MessageDigest.isEqual(digest, digests.get(r)));
+    }
+
+    private int newest(List<byte[]> all, Set<Integer> members, long[] valid) {
+        int newest = 0;
+        for (int rank : members) {
+            ByteBuffer from = ByteBuffer.wrap(all.get(rank));
             from.getLong();
             long theirs = from.getLong();
-            if (theirs != mask) {
+            if (theirs != maskOf(members)) {
                 throw new GroupException(
                         String.format(
                                 "rank %d recovers with ranks %s but rank %d with %s: recover with the"
                                         + " same ranks everywhere",
-                                rank, ranksOf(theirs), group.rank(), ranksOf(mask)),
+                                rank, ranksOf(theirs), group.rank(), members),
                         Set.of(rank));
             }
             newest = Math.max(newest, from.getInt());
             for (int handle = 0; handle < valid.length; handle++) {
                 valid[handle] = Math.min(valid[handle], from.getLong());
-            }
-        }
-        byte[] digest = heard.digest();
-        List<byte[]> digests = group.meet("end of recovery" + name, digest, members);
-        for (int rank : new TreeSet<>(members)) {
-            if (!MessageDigest.isEqual(digest, digests.get(rank))) {
-                throw new GroupException(
-                        "rank " + rank + " has begun to recover anew: call recover again",
-                        Set.of(rank));
             }
         }
         return newest;

@@ -9,6 +9,7 @@ import io.moe4j.Harness.Batch;
 import io.moe4j.MoeConfig;
 import io.moe4j.MoeFaultException;
 import io.moe4j.Phase;
+import io.moe4j.Recovery;
 import io.moe4j.cuda.driver.Scope;
 import io.moe4j.model.MoeShape;
 import io.moe4j.model.RandomWeights;
@@ -79,6 +80,18 @@ class FaultGpuTest {
                     .isInstanceOf(MoeFaultException.class);
             assertThat(harness.layer.validEpoch(0)).isEqualTo(1);
             assertThat(harness.outputs()[1][0]).as("output of the failed rank").containsOnly(77f);
+
+            // the same layer goes on in a new generation
+            Recovery agreed = harness.layer.recover();
+            assertThat(agreed.validEpochs()).containsExactly(1L);
+            float[][] got = harness.run(List.of(batch, Batch.empty()))[0];
+            harness.layer.result(0, agreed.epoch() + 1);
+            try (Harness cpu = new Harness(config().toBuilder().backend("cpu").build())) {
+                float[][] want = cpu.run(List.of(batch, Batch.empty()))[0];
+                for (int t = 0; t < 5; t++) {
+                    assertThat(got[t]).containsExactly(want[t], within(0.05f));
+                }
+            }
         }
         // the context computes on: a new layer gives the right result
         try (Harness again = new Harness(config(), false, gpu.stream());

@@ -175,6 +175,24 @@ class FaultMultiGpuTest {
         }
     }
 
+    @Test
+    void shouldWaitLongerInTheFirstStepOfAGeneration() throws Exception {
+        ranks[0].enqueue();
+        ranks[0].await();
+        assertThat(lost(ranks[0]).peer()).isEqualTo(1);
+        Group.together(List.of(ranks), rank -> rank.harness.layer.recover());
+        ranks[0].enqueue();
+        Thread.sleep(GpuRank.BUDGET.toMillis() * 2);
+        ranks[1].enqueue();
+        for (int r = 0; r < 2; r++) {
+            ranks[r].await();
+            ranks[r].harness.layer.check();
+            assertThat(ranks[r].output(TOKENS)).isDeepEqualTo(Arrays.copyOf(expected[r], TOKENS));
+        }
+        PeerStatistics waited = ranks[0].harness.layer.peers().get(1);
+        assertThat(Duration.ofNanos(waited.waitedNanos())).isGreaterThan(GpuRank.BUDGET);
+    }
+
     /** Tokens that choose an expert of a rank. */
     private static long visits(Batch batch, int rank) {
         int local = GpuRank.config().expertsPerRank();
@@ -183,8 +201,53 @@ class FaultMultiGpuTest {
                 .count();
     }
 
+    /** Opens the ranks anew with rows that travel in another form. */
+    private void reopen(String wire) {
+        close();
+        System.setProperty("moe4j.cuda.wire", wire);
+        try {
+            ranks = GpuRank.openAll(GpuRank.config());
+        } finally {
+            System.clearProperty("moe4j.cuda.wire");
+        }
+        for (int r = 0; r < 2; r++) {
+            ranks[r].load(batches[r]);
+        }
+        stepAndCompare();
+    }
+
+    @Test
+    void shouldGiveTheSameBitsInBothFormsOfTheWireAndRecoverInBoth() {
+        for (String wire : List.of("rows", "lines")) {
+            reopen(wire);
+            ranks[0].enqueue();
+            ranks[0].await();
+            assertThat(lost(ranks[0]).peer()).as(wire).isEqualTo(1);
+            recoverAndCompare(1);
+        }
+    }
+
+    @Test
+    void shouldNotTakeGarbageInALineForARow() {
+        reopen("lines");
+        for (int r = 0; r < 2; r++) {
+            CudaHandle handle = ranks[r].layer().handle(0);
+            try (Scope scope = ranks[r].context().enter()) {
+                for (String lines : List.of("dispatch_lines", "combine_lines")) {
+                    ranks[r].context()
+                            .driver()
+                            .memsetD8(handle.symmetric(r, lines), (byte) 0x5a, 4096);
+                }
+                ranks[r].context().driver().streamSynchronize(0L);
+            }
+        }
+        stepAndCompare();
+        stepAndCompare();
+    }
+
     @Test
     void shouldNoticeAFlagThatIsAheadAndTellThePeer() {
+        reopen("rows"); // why: lines carry the epoch themselves
         corrupt(ranks[1], "dispatch_flags", 0, 40);
         long took =
                 millis(

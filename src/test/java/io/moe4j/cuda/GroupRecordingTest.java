@@ -9,6 +9,8 @@ import io.moe4j.MemoryPlan;
 import io.moe4j.Moe;
 import io.moe4j.MoeConfig;
 import io.moe4j.MoeGraph;
+import io.moe4j.Phase;
+import io.moe4j.Recovery;
 import io.moe4j.RoutingInput;
 import io.moe4j.StepTensors;
 import io.moe4j.cuda.driver.Call;
@@ -36,6 +38,7 @@ import java.util.HashSet;
 import java.util.List;
 import java.util.Set;
 import java.util.concurrent.CompletableFuture;
+import java.util.concurrent.ConcurrentHashMap;
 import java.util.concurrent.TimeUnit;
 import java.util.function.UnaryOperator;
 import org.junit.jupiter.api.BeforeEach;
@@ -122,7 +125,9 @@ class GroupRecordingTest {
                         "recv_ids",
                         "recv_weights",
                         "recv_rows",
-                        "combine_rows")
+                        "combine_rows",
+                        "dispatch_lines",
+                        "combine_lines")
                 .stream()
                 .mapToLong(name -> bytes(plan, name))
                 .sum();
@@ -430,6 +435,92 @@ class GroupRecordingTest {
                 .containsOnly(Call.MEM_FREE);
         assertThat(group.said().get(group.said().size() - 1)).startsWith("closed of layer ");
         assertThat(recording.leaks()).isEmpty();
+    }
+
+    private static List<RuntimeException> recoverAll(List<CudaLayer> layers, Set<Integer> lost) {
+        List<RuntimeException> thrown = new ArrayList<>(Arrays.asList(null, null, null));
+        Group.together(
+                layers,
+                layer -> {
+                    try {
+                        layer.recover(lost);
+                    } catch (RuntimeException e) {
+                        thrown.set(layer.config().group().rank(), e);
+                    }
+                });
+        return thrown;
+    }
+
+    @Test
+    void shouldBeginTheSameGenerationOnAllRanksAndTellPeersThatStillWait() {
+        List<CudaLayer> layers = open(3, Duration.ofSeconds(20));
+        Group.together(layers, CudaLayer::prepare);
+        BoundStep step = layers.get(1).bind(List.of(tensors(1)));
+        long stream = recording.foreignStream();
+        layers.get(1).enqueue(stream, step, Phase.ROUTE, Phase.DISPATCH_SEND);
+        recording.clearCalls();
+        Set<Recovery> agreed = ConcurrentHashMap.newKeySet();
+        Group.together(layers, layer -> agreed.add(layer.recover()));
+        assertThat(agreed)
+                .containsExactly(new Recovery(1, Set.of(0, 1, 2), 1L << 48, List.of(0L, 0L)));
+        assertThat(recording.calls(Call.MEMCPY_D_TO_D_ASYNC))
+                .as("3 ranks tell 2 peers on 2 handles")
+                .hasSize(12);
+        layers.get(1).enqueue(stream, step); // the step that was begun is over
+        Recovery second = recoverTwo(layers);
+        assertThat(second.generation()).isEqualTo(2);
+        assertThat(second.members()).containsExactlyInAnyOrder(0, 2);
+        assertThat(recoverAll(layers, Set.of())).containsOnlyNulls();
+        Group.together(layers, layer -> agreed.add(layer.recover()));
+        assertThat(agreed).anyMatch(recovery -> recovery.generation() == 4).hasSize(2);
+        layers.forEach(CudaLayer::close);
+        assertThat(recording.leaks()).isEmpty();
+    }
+
+    private static Recovery recoverTwo(List<CudaLayer> layers) {
+        Set<Recovery> agreed = ConcurrentHashMap.newKeySet();
+        Group.together(
+                List.of(layers.get(0), layers.get(2)),
+                layer -> agreed.add(layer.recover(Set.of(1))));
+        assertThat(agreed).hasSize(1);
+        return agreed.iterator().next();
+    }
+
+    @Test
+    void shouldStayAsItIsWhenARankDoesNotComeAndRecoverWhenItDoes() {
+        List<CudaLayer> layers = open(3, Duration.ofMillis(400));
+        Group.together(layers, CudaLayer::prepare);
+        for (int attempt = 0; attempt < 2; attempt++) {
+            List<RuntimeException> thrown =
+                    recoverAll(List.of(layers.get(0), layers.get(1)), Set.of());
+            assertThat(thrown.get(0))
+                    .isInstanceOf(GroupException.class)
+                    .hasMessageContaining("waited 0.4 s in recovery of layer")
+                    .hasMessageEndingWith("for rank 2");
+        }
+        Set<Integer> generations = ConcurrentHashMap.newKeySet();
+        Group.together(layers, layer -> generations.add(layer.recover().generation()));
+        assertThat(generations).as("in spite of what the failed ones left").containsExactly(1);
+        layers.forEach(CudaLayer::close);
+    }
+
+    @Test
+    void shouldRefuseToRecoverWithDifferentRanks() {
+        List<CudaLayer> layers = open(3, Duration.ofMillis(400));
+        Group.together(layers, CudaLayer::prepare);
+        List<RuntimeException> thrown = new ArrayList<>(Arrays.asList(null, null));
+        Group.together(
+                List.of(0, 1),
+                rank -> {
+                    try {
+                        layers.get(rank).recover(rank == 0 ? Set.of(2) : Set.of());
+                    } catch (RuntimeException e) {
+                        thrown.set(rank, e);
+                    }
+                });
+        assertThat(thrown).allSatisfy(e -> assertThat(e).isInstanceOf(GroupException.class));
+        assertThat(thrown.get(1)).hasMessageContaining("for rank 2");
+        layers.forEach(CudaLayer::close);
     }
 
     @Test

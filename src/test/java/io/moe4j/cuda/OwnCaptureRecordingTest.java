@@ -24,7 +24,7 @@ import org.junit.jupiter.api.Test;
 /** The step in a capture of the engine's own, as docs/graphs.md shows it, without a GPU. */
 class OwnCaptureRecordingTest {
     private static final MoeShape SHAPE = MoeShape.of(64, 48, 12, 4);
-    private static final int NODES = 7; // kernels of a step that is given ids, no shared expert
+    private static final int NODES = 3; // kernels of a step that is given ids, no shared expert
     private final RecordingDriver driver = new RecordingDriver();
 
     @BeforeEach

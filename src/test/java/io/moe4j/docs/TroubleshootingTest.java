@@ -10,6 +10,8 @@ import io.moe4j.MoeLayer;
 import io.moe4j.Phase;
 import io.moe4j.RoutingInput;
 import io.moe4j.StepTensors;
+import io.moe4j.cuda.GroupMismatch;
+import io.moe4j.ep.Group;
 import io.moe4j.model.LayerWeights;
 import io.moe4j.model.MoeShape;
 import io.moe4j.model.RandomWeights;
@@ -25,6 +27,8 @@ import java.io.IOException;
 import java.nio.ByteBuffer;
 import java.nio.file.Files;
 import java.nio.file.Path;
+import java.nio.file.attribute.PosixFilePermissions;
+import java.time.Duration;
 import java.util.ArrayList;
 import java.util.Arrays;
 import java.util.List;
@@ -62,6 +66,7 @@ class TroubleshootingTest {
         assertTold(page, "## Opening a layer", opening());
         assertTold(page, "## Binding memory", binding());
         assertTold(page, "## Running steps", running());
+        assertTold(page, "## Several GPUs", inGroups(folder));
         assertTold(page, "## Reading a checkpoint", reading(folder));
         assertTold(page, "## Weights of an engine", engine());
     }
@@ -140,6 +145,41 @@ class TroubleshootingTest {
                 () -> layer.handles().claim(),
                 () -> layer.result(0, 1),
                 () -> closed.enqueue(0, late));
+    }
+
+    private List<ThrowingCallable> inGroups(Path folder) throws IOException {
+        Duration soon = Duration.ofMillis(100);
+        List<Group> two = Group.inProcess(2, soon);
+        List<Group> left = Group.inProcess(2);
+        left.get(1).close();
+        Path shared = Files.createDirectory(folder.resolve("shared"));
+        Files.setPosixFilePermissions(shared, PosixFilePermissions.fromString("rwxrwx---"));
+        return List.of(
+                () -> two.get(0).exchange("configuration", new byte[0]),
+                () -> GroupMismatch.prepare(SHAPE),
+                () -> config().group(two.get(0)).ranks(3).build(),
+                () -> Moe.open(config().group(two.get(0)).build()),
+                () -> {
+                    List<Group> apart = Group.inProcess(2);
+                    Group.together(
+                            apart,
+                            group -> {
+                                if (group.rank() == 0) {
+                                    group.exchange("one layer", new byte[0]);
+                                } else {
+                                    assertThat(
+                                                    catchThrowable(
+                                                            () ->
+                                                                    group.exchange(
+                                                                            "another",
+                                                                            new byte[0])))
+                                            .isNotNull();
+                                }
+                            });
+                },
+                () -> left.get(0).exchange("configuration", new byte[0]),
+                () -> Group.join(shared, 0, 2, soon),
+                () -> Group.join(folder.resolve("new"), 0, 2, soon));
     }
 
     private static List<ThrowingCallable> reading(Path folder) throws IOException {

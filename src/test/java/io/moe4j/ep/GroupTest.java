@@ -325,6 +325,34 @@ class GroupTest {
     }
 
     @Test
+    void shouldGiveUpARankThatSendsNoFramesOrTooLargeOnes() throws Exception {
+        for (byte[] garbage : garbage().subList(0, 3)) {
+            Path directory = folder.resolve("garbage" + open.size());
+            CompletableFuture<Group> joining =
+                    CompletableFuture.supplyAsync(() -> Group.join(directory, 0, 2, LONG));
+            while (!Files.exists(directory.resolve("rank-0.sock"))) {
+                pause(5);
+            }
+            pause(50);
+            UnixDomainSocketAddress at =
+                    UnixDomainSocketAddress.of(directory.resolve("rank-0.sock"));
+            try (SocketChannel member = SocketChannel.open(at)) {
+                byte[] hello =
+                        ByteBuffer.allocate(44).putInt(32, 2).putInt(36, 1).putInt(40, 0).array();
+                member.write(new Frame(Frame.Kind.HELLO, "", hello).encode());
+                Group zero = joining.get(5, TimeUnit.SECONDS);
+                open.add(zero);
+                member.write(ByteBuffer.wrap(garbage));
+                assertThatThrownBy(() -> zero.exchange("anything", new byte[0]))
+                        .isInstanceOf(GroupException.class)
+                        .hasMessageMatching(
+                                "rank 0: no anything, rank 1 sent (bytes that are no frame|a frame"
+                                        + " of 2147483647 bytes with a name of 0, limits 16777216).*");
+            }
+        }
+    }
+
+    @Test
     void shouldTellWhoDidNotJoinAndWhoWasRefused() throws Exception {
         Path directory = folder.resolve("late");
         CompletableFuture<Group> zero =

@@ -40,6 +40,13 @@ public final class LoadedKernels implements AutoCloseable {
     private final KernelModule module;
     private final Map<String, Kernel> bySymbol = new LinkedHashMap<>();
     private final Map<Phase, Kernel[]> byPhase = new EnumMap<>(Phase.class);
+
+    /** [first][last], in the order of Phase. */
+    private final Kernel[][][] bySpan;
+
+    /** More tokens than this a rank fill a GPU in kernels of their own for each phase. */
+    private static final int LOCAL_UP_TO = 1024;
+
     private final Kernel gateUp;
     private final Kernel down;
 
@@ -47,7 +54,9 @@ public final class LoadedKernels implements AutoCloseable {
         module = new KernelModule(context, catalog.file(), catalog.imageBytes());
         try {
             int sms = context.attribute(DeviceAttribute.MULTIPROCESSOR_COUNT);
-            boolean pdl = context.driver().pdlSupport().usable();
+            // why: code for older targets has no wait of its own for the kernel before
+            boolean hopper = catalog.defs().stream().anyMatch(KernelCatalog.KernelDef::hopperOnly);
+            boolean pdl = hopper && context.driver().pdlSupport().usable();
             for (KernelCatalog.KernelDef def : catalog.defs()) {
                 long function =
                         def.dynamicSharedBytes() == 0
@@ -67,9 +76,18 @@ public final class LoadedKernels implements AutoCloseable {
             String alone = gemm.equals(MMA) || gemm.equals(PREFILL) ? gemm : FUSED;
             gateUp = kernel("moe_gate_up_" + alone);
             down = kernel("moe_down_" + alone);
-            for (Phase phase : Phase.values()) {
-                byPhase.put(phase, flow(phase, config, gemm));
+            boolean lines = DeviceLayout.usesLines(config);
+            if (lines && config.localRanks() > sms) {
+                throw new IllegalArgumentException(
+                        "moe4j.cuda.wire=lines needs a multiprocessor for each rank, but "
+                                + config.localRanks()
+                                + " ranks share a GPU of "
+                                + sms);
             }
+            for (Phase phase : Phase.values()) {
+                byPhase.put(phase, flow(phase, config, gemm, lines));
+            }
+            bySpan = spans(config, lines);
         } catch (RuntimeException | Error e) {
             module.close();
             throw e;
@@ -77,7 +95,7 @@ public final class LoadedKernels implements AutoCloseable {
     }
 
     /** The kernels of a phase in launch order: the chain. */
-    private Kernel[] flow(Phase phase, MoeConfig config, String gemm) {
+    private Kernel[] flow(Phase phase, MoeConfig config, String gemm, boolean lines) {
         List<String> symbols = new ArrayList<>();
         switch (phase) {
             case ROUTE -> {
@@ -86,8 +104,12 @@ public final class LoadedKernels implements AutoCloseable {
                 }
                 symbols.add("moe_route_topk");
             }
-            case DISPATCH_SEND -> symbols.add("moe_dispatch_send");
+            case DISPATCH_SEND -> symbols.add("moe_dispatch_send" + (lines ? "_lines" : ""));
             case DISPATCH_RECV -> {
+                if (lines) {
+                    symbols.add("moe_dispatch_recv_lines");
+                    break;
+                }
                 symbols.add("moe_dispatch_recv");
                 symbols.add("moe_dispatch_index");
             }
@@ -104,11 +126,47 @@ public final class LoadedKernels implements AutoCloseable {
                     symbols.add(down.symbol());
                 }
             }
-            case COMBINE_SEND -> symbols.add("moe_combine_send");
-            case COMBINE_RECV -> symbols.add("moe_combine_recv");
+            case COMBINE_SEND -> symbols.add("moe_combine_send" + (lines ? "_lines" : ""));
+            case COMBINE_RECV -> symbols.add("moe_combine_recv" + (lines ? "_lines" : ""));
             default -> throw new IllegalArgumentException("phase " + phase);
         }
         return symbols.stream().map(this::kernel).toArray(Kernel[]::new);
+    }
+
+    /** The kernels of every span of phases; one where a span has all that it does. */
+    private Kernel[][][] spans(MoeConfig config, boolean lines) {
+        Phase[] phases = Phase.values();
+        boolean local =
+                config.ranks() == 1
+                        && config.maxTokensPerRank() <= LOCAL_UP_TO
+                        && DeviceLayout.listsFitOneBlock(config);
+        String form = lines ? "lines" : local ? "local" : null;
+        Kernel[][][] spans = new Kernel[phases.length][phases.length][];
+        for (Phase first : phases) {
+            for (int last = first.ordinal(); last < phases.length; last++) {
+                List<Kernel> flow = new ArrayList<>();
+                for (int i = first.ordinal(); i <= last; i++) {
+                    if (form != null
+                            && phases[i] == Phase.ROUTE
+                            && last >= Phase.DISPATCH_RECV.ordinal()) {
+                        if (config.routingInput() != RoutingInput.TOPK) {
+                            flow.addAll(List.of(byPhase.get(Phase.ROUTE)));
+                        }
+                        flow.add(kernel("moe_dispatch_" + form));
+                        i = Phase.DISPATCH_RECV.ordinal();
+                    } else if (form != null
+                            && phases[i] == Phase.COMBINE_SEND
+                            && last >= Phase.COMBINE_RECV.ordinal()) {
+                        flow.add(kernel("moe_combine_" + form));
+                        i = Phase.COMBINE_RECV.ordinal();
+                    } else {
+                        flow.addAll(List.of(byPhase.get(phases[i])));
+                    }
+                }
+                spans[first.ordinal()][last] = flow.toArray(Kernel[]::new);
+            }
+        }
+        return spans;
     }
 
     /**
@@ -157,6 +215,7 @@ public final class LoadedKernels implements AutoCloseable {
     static int grid(KernelCatalog.KernelDef def, MoeConfig config, int sms) {
         long m = config.maxTokensPerRank();
         long chunks = (DeviceLayout.pad(config.shape().hidden()) + 2047) / 2048;
+        long pieces = (DeviceLayout.pad(config.shape().hidden()) + 239) / 240;
         long wanted =
                 switch (def.grid()) {
                     case "logits" -> clamp((m * config.shape().experts() + 7) / 8, 4L * sms);
@@ -167,6 +226,8 @@ public final class LoadedKernels implements AutoCloseable {
                     case "gemm" -> 2L * sms;
                     case "sm" -> sms;
                     case "pairs" -> Math.max(2, sms / 2 * 2);
+                    case "moves" -> clamp(1 + (m * pieces + 63) / 64, sms / config.localRanks());
+                    case "sums" -> clamp((m * pieces + 3) / 4, sms / config.localRanks());
                     case "pack" -> 8L * sms;
                     case "one" -> 1;
                     default ->
@@ -184,7 +245,19 @@ public final class LoadedKernels implements AutoCloseable {
     }
 
     /**
-     * {@return the kernels of a phase, in order}
+     * {@return the kernels of a span of phases, in order} A span that holds routing and dispatch
+     * whole, or combine whole, has one kernel for it where the layer has such kernels; results are
+     * the same, bit for bit.
+     *
+     * @param first the first phase
+     * @param last the last phase, not before {@code first}
+     */
+    public Kernel[] flow(Phase first, Phase last) {
+        return bySpan[first.ordinal()][last.ordinal()];
+    }
+
+    /**
+     * {@return the kernels of a phase alone, in order}
      *
      * @param phase which phase
      */

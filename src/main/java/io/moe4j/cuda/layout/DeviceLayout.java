@@ -4,6 +4,7 @@ import io.moe4j.MemoryPlan;
 import io.moe4j.MoeConfig;
 import io.moe4j.RoutingInput;
 import io.moe4j.model.MoeShape;
+import java.util.List;
 
 /**
  * Every device buffer of a layer: the symmetric region that peers write, the workspace of a local
@@ -27,6 +28,20 @@ public final class DeviceLayout {
 
     /** why 2 MiB: another process maps whole pages of that size, so nothing else may lie there. */
     private static final long SHARED_PAGE = 2L << 20;
+
+    /** 128 bytes: 30 words of a row and the epoch. */
+    private static final int LINE_BYTES = 128;
+
+    private static final int LINE_WORDS = 30;
+
+    /** Rows with up to so many bytes for a peer in a step travel in lines: measured. */
+    private static final long LINES_UP_TO = 128L * 7168 * 2;
+
+    /** What the one block that builds the lists holds: 32 slots a word. */
+    private static final int MAX_LISTED_SLOTS = 2048 * 32;
+
+    /** Ids travel as 15 bits. */
+    private static final int MAX_LINE_EXPERTS = 32767;
 
     private final MoeConfig config;
     private final Region symmetric = new Region();
@@ -65,6 +80,14 @@ public final class DeviceLayout {
         symmetric.add("recv_weights", "R*M*K*4", r, m, k, 4);
         symmetric.add("recv_rows", "R*M*Hp*2", r, m, hp, 2);
         symmetric.add("combine_rows", "R*M*Hp*2", r, m, hp, 2);
+        if (usesLines(config)) {
+            long each = (2L * (LINE_WORDS - 1)) / k;
+            long idLines = (m + each - 1) / each;
+            long rowLines = lines((k + 1) / 2 * 2 + hp / 2);
+            symmetric.add(
+                    "dispatch_lines", "R*(Li+M*Ld)*128", r, idLines + m * rowLines, LINE_BYTES);
+            symmetric.add("combine_lines", "R*M*Lc*128", r, m, lines(hp / 2), LINE_BYTES);
+        }
 
         workspace.add("home_tokens", "4", 4);
         workspace.add("home_ids", "M*K*4", m, k, 4);
@@ -108,6 +131,44 @@ public final class DeviceLayout {
         pinned.add("errors", each + "64", local, DeviceStructs.ERROR_RECORD.size());
         pinned.add("counters", each + "64", local, DeviceStructs.SOFT_COUNTERS.size());
         pinned.add("peers", each + "R*64", local, r, DeviceStructs.PEER_STATS.size());
+    }
+
+    private static long lines(long words) {
+        return (words + LINE_WORDS - 1) / LINE_WORDS;
+    }
+
+    /**
+     * {@return whether rows travel in lines that carry the epoch, rather than as rows with a flag
+     * behind them} A property of the layer, the same on all its ranks. Ranks of one GPU have no use
+     * for it. The system property {@code moe4j.cuda.wire} may ask for {@code lines} or {@code
+     * rows}.
+     *
+     * @param config the layer's configuration
+     */
+    public static boolean usesLines(MoeConfig config) {
+        String wanted = System.getProperty("moe4j.cuda.wire", "");
+        if (!List.of("", "rows", "lines").contains(wanted)) {
+            throw new IllegalArgumentException(
+                    "moe4j.cuda.wire=" + wanted + " is none of rows and lines");
+        }
+        boolean possible =
+                config.ranks() > 1
+                        && listsFitOneBlock(config)
+                        && config.shape().experts() <= MAX_LINE_EXPERTS;
+        if (!possible || wanted.equals("rows")) {
+            return false;
+        }
+        long bytes = 2L * config.maxTokensPerRank() * pad(config.shape().hidden());
+        return wanted.equals("lines") || (config.group() != null && bytes <= LINES_UP_TO);
+    }
+
+    /**
+     * {@return whether a layer's slots fit the kernels that build the lists without a second pass}
+     *
+     * @param config the layer's configuration
+     */
+    public static boolean listsFitOneBlock(MoeConfig config) {
+        return (long) config.ranks() * config.maxTokensPerRank() <= MAX_LISTED_SLOTS;
     }
 
     private void requireWithinLimits() {

@@ -1,0 +1,214 @@
+// Rows in lines that carry the epoch of their step: no flag, no fence. A line is 128 bytes, 30 words of
+// payload and the whole epoch, written by eight lanes of a warp with one store instruction each 16
+// bytes, and read the same way: who sees the epoch has the payload, as long as 128 aligned bytes of one
+// store travel whole (docs/ordering.md; moe_line_test looks whether they do).
+//
+// dispatch_lines of a rank, for each source: the ids of all M tokens, then M rows.
+//   ids    line i: word 0 the source's T, then 16-bit entries of tokens i*each .. , K each: local
+//          expert id, kRepeated if the token names it again, kNoEntry if it is not here or past T
+//   rows   K weights (an even number of words), then Hp bf16
+// combine_lines of a rank, for each expert rank: M rows of Hp bf16.
+// All id lines are sent in every step, rows where the token has an expert of the rank.
+#pragma once
+#include "../layout/foreign.cuh"
+#include "signal.cuh"
+
+namespace moe {
+
+constexpr int kLineBytes = 128;
+constexpr int kLineWords = 30;
+constexpr int kLanesPerLine = 8;
+constexpr int kWarpLines = 32 / kLanesPerLine;  // a warp moves so many lines at once: a piece
+constexpr int kIdsPerLine = 2 * (kLineWords - 1);
+constexpr uint32_t kNoEntry = 0xffff;
+constexpr uint32_t kRepeated = 0x4000;
+constexpr uint32_t kEntryId = 0x3fff;
+
+// Words of a token's row that stand before its columns.
+__host__ __device__ constexpr int header_words(int top_k) { return (top_k + 1) / 2 * 2; }
+
+__host__ __device__ constexpr int tokens_per_id_line(int top_k) { return kIdsPerLine / top_k; }
+
+__host__ __device__ constexpr int id_lines(int max_tokens, int top_k) {
+    return (max_tokens + tokens_per_id_line(top_k) - 1) / tokens_per_id_line(top_k);
+}
+
+__host__ __device__ constexpr int lines_of_words(int words) {
+    return (words + kLineWords - 1) / kLineWords;
+}
+
+__host__ __device__ constexpr int dispatch_row_lines(int hidden_pad, int top_k) {
+    return lines_of_words(header_words(top_k) + hidden_pad / 2);
+}
+
+__host__ __device__ constexpr int combine_row_lines(int hidden_pad) {
+    return lines_of_words(hidden_pad / 2);
+}
+
+// Lines of one source.
+__host__ __device__ constexpr int64_t dispatch_lines_of(int max_tokens, int hidden_pad, int top_k) {
+    return id_lines(max_tokens, top_k) +
+           static_cast<int64_t>(max_tokens) * dispatch_row_lines(hidden_pad, top_k);
+}
+
+// A local rank and the regions of all ranks, in shared memory: what bind wrote and no step changes, so
+// that a kernel may read it before the one before it has ended.
+struct Here : LocalRank {
+    uint8_t* regions[kMaxRanks];
+    int64_t source_bytes;      // dispatch lines of a source
+    int32_t ids_per_line;      // tokens of an id line
+    int32_t id_line_count;
+    int32_t row_lines;         // of a dispatched row
+    int32_t result_lines;      // of a combined row
+
+    __device__ __forceinline__ Symmetric of(const StepParams& p, int rank) const {
+        return Symmetric{regions[rank], p};
+    }
+    __device__ __forceinline__ Symmetric own(const StepParams& p) const { return of(p, this->rank); }
+};
+
+// Ends with a barrier.
+__device__ __forceinline__ void load_here(Here& here, const StepParams& p) {
+    static_assert(sizeof(LocalRank) % 8 == 0, "copied in words of 8 bytes");
+    const uint64_t* from = reinterpret_cast<const uint64_t*>(p.locals + blockIdx.y);
+    uint64_t* to = reinterpret_cast<uint64_t*>(static_cast<LocalRank*>(&here));
+    for (int i = threadIdx.x; i < static_cast<int>(sizeof(LocalRank) / 8); i += blockDim.x) {
+        to[i] = from[i];
+    }
+    const int rank = static_cast<int>(threadIdx.x) - 64;  // other warps than those above
+    if (rank >= 0 && rank < p.num_ranks) {
+        here.regions[rank] = p.ranks[rank].symmetric;
+    }
+    if (threadIdx.x == 32 * 5) {
+        here.ids_per_line = tokens_per_id_line(p.top_k);
+        here.id_line_count = id_lines(p.max_tokens, p.top_k);
+        here.row_lines = dispatch_row_lines(p.hidden_pad, p.top_k);
+        here.result_lines = combine_row_lines(p.hidden_pad);
+        here.source_bytes = dispatch_lines_of(p.max_tokens, p.hidden_pad, p.top_k) * kLineBytes;
+    }
+    __syncthreads();
+}
+
+// A warp's lines, all lanes together. why the barrier: only a warp that is converged stores or loads a
+// line in one transaction; in two, a reader may see the epoch and half of the payload of an older step.
+__device__ __forceinline__ void store_lines(uint8_t* address, uint4 value, bool active) {
+    __syncwarp();
+    if (active) {
+        ptx::store_line_sys(address, value);
+    }
+}
+
+__device__ __forceinline__ void load_lines(uint4& value, const uint8_t* address, bool active) {
+    __syncwarp();
+    if (active) {
+        value = ptx::load_line_sys(address);
+    }
+}
+
+struct Lines {
+    uint8_t* base;
+    const StepParams& p;
+    const Here& here;
+
+    __device__ __forceinline__ Lines(const StepParams& p, const Here& here, int rank)
+        : base(here.regions[rank]), p(p), here(here) {}
+
+    __device__ __forceinline__ uint8_t* ids(int source, int line) const {
+        return base + p.off_dispatch_lines + source * here.source_bytes + line * kLineBytes;
+    }
+    __device__ __forceinline__ uint8_t* row(int source, int token) const {
+        return ids(source, here.id_line_count) + static_cast<int64_t>(token) * here.row_lines * kLineBytes;
+    }
+    __device__ __forceinline__ uint8_t* result(int rank, int token) const {
+        return base + p.off_combine_lines +
+               (static_cast<int64_t>(rank) * p.max_tokens + token) * here.result_lines * kLineBytes;
+    }
+};
+
+// This lane's part of a piece: 16 bytes of a line, whose first word is `word` of what the lines hold.
+struct LanePart {
+    int byte;  // in the slot
+    int word;
+    bool tail;  // the last of the line: two words and the epoch
+
+    __device__ __forceinline__ explicit LanePart(int piece) {
+        const int lane = threadIdx.x % 32;
+        const int line = piece * kWarpLines + lane / kLanesPerLine;
+        const int part = lane % kLanesPerLine;
+        byte = line * kLineBytes + part * 16;
+        word = line * kLineWords + part * 4;
+        tail = part == kLanesPerLine - 1;
+    }
+};
+
+__device__ __forceinline__ uint4 with_epoch(uint4 v, bool tail, uint64_t epoch) {
+    if (tail) {
+        v.z = static_cast<uint32_t>(epoch);
+        v.w = static_cast<uint32_t>(epoch >> 32);
+    }
+    return v;
+}
+
+__device__ __forceinline__ uint64_t epoch_in(uint4 v) { return static_cast<uint64_t>(v.w) << 32 | v.z; }
+
+// A warp's bounded wait for lines. One for all lines that it waits for together.
+struct LineWait {
+    const StepParams& p;
+    const LocalRank& me;
+    FaultOp op;
+    uint64_t epoch;
+    uint64_t start = 0;
+    int polls = 0;
+
+    __device__ __forceinline__ LineWait(const StepParams& p, const LocalRank& me, FaultOp op, uint64_t epoch)
+        : p(p), me(me), op(op), epoch(epoch) {}
+
+    // After a poll that missed something; the same in all lanes. late: this lane holds the epoch of a line
+    // that is not there, from peer. False: give up.
+    __device__ __forceinline__ bool again(bool late, int peer, uint64_t seen) {
+        if (polls == 0 && start == 0) {
+            start = ptx::globaltimer_ns();
+        }
+        if (++polls < kPollsPerClockRead) {
+            return true;
+        }
+        polls = 0;
+        const uint32_t who = __ballot_sync(0xffffffffu, late);
+        bool over = false;
+        if (who != 0 && threadIdx.x % 32 == __ffs(who) - 1) {
+            if (seen > epoch) {
+                fail_wait(p, me, kEpochMismatch, op, peer, epoch, seen, ptx::globaltimer_ns() - start);
+                over = true;
+            } else {
+                over = wait_is_over(p, me, op, peer, epoch, seen, start);
+            }
+        }
+        return !__any_sync(0xffffffffu, over);
+    }
+
+    __device__ __forceinline__ uint64_t waited_ns() const {
+        return start == 0 ? 0 : ptx::globaltimer_ns() - start;
+    }
+};
+
+// Four elements [index, index + 4) as bf16, the last 4 - valid of them zero and not read.
+__device__ __forceinline__ uint2 load_4_as_bf16(const void* base, int64_t index, int valid, int32_t dtype,
+                                                bool vectors) {
+    if (dtype == kBF16 && vectors && valid >= 4) {
+        return *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(base) + index);
+    }
+    float v[4];
+    uint32_t raw[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (dtype == kBF16) {
+            raw[i] = i < valid ? static_cast<const uint16_t*>(base)[index + i] : 0;
+        } else {
+            v[i] = i < valid ? load_element(base, index + i, dtype) : 0.0f;
+        }
+    }
+    return dtype == kBF16 ? make_uint2(raw[0] | raw[1] << 16, raw[2] | raw[3] << 16)
+                          : make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
+}
+
+}  // namespace moe
