@@ -35,6 +35,7 @@
 
 namespace moe {
 
+
 constexpr int kWgmmaThreads = 384;
 constexpr int kMultiplyThreads = 256;
 constexpr int kGatherThreads = 96;
@@ -62,61 +63,80 @@ struct Widths {
     }
 };
 
+// How the two rings share a CTA's memory.
+template <int kStages, int kSlots, int kColumnsOfSlot>
+struct Split {
+    static constexpr int kWeightStages = kStages;
+    static constexpr int kTokenSlots = kSlots;
+    static constexpr int kSlotBytes = kColumnsOfSlot * kRowBytes;
+    static constexpr int kBytes = kWeightStages * kTileBytes + kTokenSlots * kSlotBytes;
+
+    // k blocks in a slot of token columns.
+    __device__ __forceinline__ static constexpr int k_blocks_of_slot(int columns) {
+        const int blocks = kSlotBytes / (columns * kRowBytes);
+        return blocks < 4 ? blocks : 4;
+    }
+};
+
 // For decode: few rows an expert.
 struct NarrowShape {
     using Columns = Widths<8, 16, 24, 32, 48, 64, 80, 96, 128>;
     static constexpr int kNarrowRows = 64;  // an expert with more is wide (scheduler/claims.cuh)
-    static constexpr int kWeightStages = 7;
-    static constexpr int kTokenSlots = 6;
-    static constexpr int kSlotBytes = 128 * kRowBytes;
+    using Usual = Split<7, 6, 128>;
+    // Where no expert has more than kFewRows the tokens need little, and the weights of a whole down item
+    // stand ready before its tokens do.
+    static constexpr int kFewRows = 16;
+    using OfFew = Split<V_FEW, V_FEW == 12 ? 4 : 6, V_FEW == 12 ? 32 : 128>;
+    static constexpr bool kHalvesGateUp = V_HALF >= 1;  // in the last round of the phase
+    static constexpr bool kHalvesDown = V_HALF >= 2;
 };
 
 // For many items, some of experts with many rows: products so wide that weights are read again less often.
 struct WideShape {
     using Columns = Widths<8, 16, 24, 32, 48, 64, 96, 128, 176, 224>;
     static constexpr int kNarrowRows = 96;
-    static constexpr int kWeightStages = 6;
-    static constexpr int kTokenSlots = 4;
-    static constexpr int kSlotBytes = 224 * kRowBytes;
+    using Usual = Split<6, 4, 224>;
+    static constexpr int kFewRows = 0;
+    using OfFew = Usual;
+    static constexpr bool kHalvesGateUp = false;
+    static constexpr bool kHalvesDown = false;
 };
 
 // Of the 168 that 384 threads may have each at launch.
 constexpr int kMultiplierRegisters = 208;
 constexpr int kProducerRegisters = 88;
 
-// k blocks in a slot of token columns.
 template <class Shape>
-__device__ __forceinline__ constexpr int k_blocks_of_slot(int columns) {
-    const int blocks = Shape::kSlotBytes / (columns * kRowBytes);
-    return blocks < 4 ? blocks : 4;
-}
+constexpr int kMostWeightStages = std::max(Shape::Usual::kWeightStages, Shape::OfFew::kWeightStages);
+template <class Shape>
+constexpr int kMostTokenSlots = std::max(Shape::Usual::kTokenSlots, Shape::OfFew::kTokenSlots);
 
 // Items the thread that claims them has listed. It is at most a ring of k blocks, so of items, ahead.
 constexpr int kListed = 16;
-static_assert(WideShape::kWeightStages + 2 < kListed && NarrowShape::kWeightStages + 2 < kListed,
+static_assert(kMostWeightStages<WideShape> + 2 < kListed && kMostWeightStages<NarrowShape> + 2 < kListed,
               "a listed item stays until it is done");
 // k blocks before the end of an item at which the next is claimed.
 constexpr int kClaimAhead = 4;
 
 template <class Shape>
 struct WgmmaShared {
-    uint64_t weights_ready[Shape::kWeightStages];
-    uint64_t weights_free[Shape::kWeightStages];
-    uint64_t tokens_ready[Shape::kTokenSlots];
-    uint64_t tokens_free[Shape::kTokenSlots];
+    uint64_t weights_ready[kMostWeightStages<Shape>];
+    uint64_t weights_free[kMostWeightStages<Shape>];
+    uint64_t tokens_ready[kMostTokenSlots<Shape>];
+    uint64_t tokens_free[kMostTokenSlots<Shape>];
     uint64_t item_ready[kListed];
     scheduler::Item items[kListed];
     GemmOperands operands[2];  // of gate_up, of down
     // why here: the rank's record is in device memory, and its lines do not stay in L1
     uint32_t* work;
     uint32_t* expert_done;
+    bool few;  // the rings are split as Shape::OfFew
     uint32_t sources[2][Shape::Columns::kMost];  // 16-byte chunk where a token row begins
     scheduler::ExpertList<Shape> experts;
 };
 
 template <class Shape>
-constexpr int kWgmmaRingBytes =
-    Shape::kWeightStages * kTileBytes + Shape::kTokenSlots * Shape::kSlotBytes;
+constexpr int kWgmmaRingBytes = std::max(Shape::Usual::kBytes, Shape::OfFew::kBytes);
 template <class Shape>
 constexpr int kWgmmaExtraBytes = (sizeof(WgmmaShared<Shape>) + 127) / 128 * 128;
 template <class Shape>
@@ -125,13 +145,12 @@ static_assert(kWgmmaSharedBytes<WideShape> <= 227 * 1024, "one CTA fits an SM of
 static_assert(kWgmmaSharedBytes<NarrowShape> <= 227 * 1024, "one CTA fits an SM of sm_90");
 
 // A position in a ring and the parity of its barriers' phase.
-template <int kStages>
 struct RingPosition {
     int index = 0;
     uint32_t parity = 0;
 
-    __device__ __forceinline__ void step() {
-        if (++index == kStages) {
+    __device__ __forceinline__ void step(int stages) {
+        if (++index == stages) {
             index = 0;
             parity ^= 1;
         }
@@ -142,42 +161,88 @@ struct RingPosition {
 template <class Shape>
 struct Rings {
     uint32_t weights;
-    uint32_t tokens;
+    bool few;
     uint32_t weights_ready;
     uint32_t weights_free;
     uint32_t tokens_ready;
     uint32_t tokens_free;
     uint32_t item_ready;
+
+    __device__ __forceinline__ int weight_stages() const {
+        return few ? Shape::OfFew::kWeightStages : Shape::Usual::kWeightStages;
+    }
+    __device__ __forceinline__ int token_slots() const {
+        return few ? Shape::OfFew::kTokenSlots : Shape::Usual::kTokenSlots;
+    }
+    __device__ __forceinline__ int slot_bytes() const {
+        return few ? Shape::OfFew::kSlotBytes : Shape::Usual::kSlotBytes;
+    }
+    __device__ __forceinline__ uint32_t tokens() const { return weights + weight_stages() * kTileBytes; }
+    __device__ __forceinline__ int k_blocks_of_slot(int columns) const {
+        return few ? Shape::OfFew::k_blocks_of_slot(columns) : Shape::Usual::k_blocks_of_slot(columns);
+    }
 };
+
+// Columns that a slot holds of each k block: those of both warpgroups if the item is halved and has more
+// rows than they can share 8 columns for.
+template <class Shape>
+__device__ __forceinline__ int slot_columns(const scheduler::Item& item) {
+    const int rows = item.work.rows;
+    return item.halved && rows > 8 ? 2 * Shape::Columns::columns_for((rows + 1) / 2) : Shape::Columns::columns_for(rows);
+}
 
 __device__ __forceinline__ uint32_t barrier_at(uint32_t barriers, int index) {
     return barriers + 8 * index;
 }
 
-// The weights of an item, by one thread, which claims the next item on the way.
+// The weights of an item, by one thread, which claims the next item on the way. A stage holds a k block of
+// a tile, or two of half a tile.
+struct WeightPosition {
+    RingPosition next;    // to be filled
+    RingPosition landed;  // the oldest that may still be on its way
+    int on_the_way = 0;
+};
+
 template <class Shape>
-__device__ __forceinline__ void stream_item(const Rings<Shape>& rings,
-                                            RingPosition<Shape::kWeightStages>& stage, const GemmOperands& g,
+__device__ __forceinline__ void stream_item(const Rings<Shape>& rings, WeightPosition& at, const GemmOperands& g,
                                             const scheduler::Item& item, uint32_t* claimed, uint32_t& claim) {
     const uint8_t* tile = reinterpret_cast<const uint8_t*>(
         g.weights + tile_offset(item.work.expert, item.work.row_tile, 0, g.row_tiles, g.k_blocks));
     const uint64_t policy = item.once ? ptx::evict_first() : ptx::evict_normal();
-    const int k_blocks = g.k_blocks;
-    const RingPosition<Shape::kWeightStages> first = stage;
+    const int stages = item.halved ? g.k_blocks / 2 : g.k_blocks;
+    tile += item.half * (kTileBytes / 2);
+    RingPosition& stage = at.next;
+    const RingPosition first = stage;
     // why: an item that is not begun may have to wait, and others could begin the next one
-    const bool begun = k_blocks - kClaimAhead >= Shape::kWeightStages;
-    const int claim_at = begun ? k_blocks - kClaimAhead : -1;
+    const bool begun = stages - kClaimAhead >= rings.weight_stages();
+    const int claim_at = begun ? stages - kClaimAhead : -1;
 #pragma unroll 1
-    for (int k = 0; k < k_blocks; k++) {
-        if (k == claim_at) {
+    for (int i = 0; i < stages; i++) {
+        if (i == claim_at) {
             claim = atomicAdd(claimed, 1u);
         }
         ptx::mbarrier_wait(barrier_at(rings.weights_free, stage.index), stage.parity ^ 1);
+        if (V_W < 12) {
+            if (at.on_the_way == V_W) {
+                ptx::mbarrier_wait(barrier_at(rings.weights_ready, at.landed.index), at.landed.parity);
+                at.landed.step(rings.weight_stages());
+            } else {
+                at.on_the_way++;
+            }
+        }
         const uint32_t ready = barrier_at(rings.weights_ready, stage.index);
-        ptx::bulk_copy(rings.weights + stage.index * kTileBytes, tile, kTileBytes, ready, policy);
-        ptx::mbarrier_arrive_expect(ready, kTileBytes);
-        tile += kTileBytes;
-        stage.step();
+        const uint32_t to = rings.weights + stage.index * kTileBytes;
+        if (item.halved) {
+            ptx::bulk_copy(to, tile, kTileBytes / 2, ready, policy);
+            ptx::bulk_copy(to + kTileBytes / 2, tile + kTileBytes, kTileBytes / 2, ready, policy);
+            ptx::mbarrier_arrive_expect(ready, kTileBytes);
+            tile += 2 * kTileBytes;
+        } else {
+            ptx::bulk_copy(to, tile, kTileBytes, ready, policy);
+            ptx::mbarrier_arrive_expect(ready, kTileBytes);
+            tile += kTileBytes;
+        }
+        stage.step(rings.weight_stages());
     }
     if (!begun) {
         ptx::mbarrier_wait(barrier_at(rings.weights_free, first.index), first.parity);
@@ -186,61 +251,65 @@ __device__ __forceinline__ void stream_item(const Rings<Shape>& rings,
 }
 
 // Warpgroup 2, warp 0: claims items, lists them for the others and streams their weights. After the
-// last it lists one of no phase. Not live: up to the first item.
+// last it lists one of no phase. Not live: up to the first item. first: what lane 0 claimed.
 template <class Shape>
 __device__ __forceinline__ void stream_weights(WgmmaShared<Shape>& shared, const Rings<Shape>& rings,
                                                const scheduler::Items<Shape>& items, uint32_t* claimed,
-                                               bool live) {
-    RingPosition<Shape::kWeightStages> stage;
-    RingPosition<kListed> listed;
-    const int total = items.total();
-    int number = blockIdx.x;
+                                               uint32_t first, bool live) {
+    WeightPosition stage;
+    RingPosition listed;
+    const uint32_t claims = items.total() + gridDim.x;
+    uint32_t claim = first;
+    TRACE(int seq = 1;)
     while (true) {
-        const scheduler::Item item = items.at(number);
+        if (live && threadIdx.x % 32 == 0 && claim + 1 == claims) {
+            *claimed = 0;  // why: an item each and one in vain for each CTA, this was the grid's last
+        }
+        const scheduler::Item item = items.at(static_cast<int>(__shfl_sync(0xffffffffu, claim, 0)));
         if (!live) {
             ptx::keep(item.work.expert, item.work.row_tile);
             return;
         }
-        uint32_t claim = 0;
         if (threadIdx.x % 32 == 0) {
+            TRACE(trace(seq, 0, now());)
+            TRACE(trace(seq, 11, item.phase | item.halved << 2 | item.half << 3 | item.work.expert << 8 | item.work.row_tile << 20);)
+            TRACE(trace(seq, 10, item.work.rows);)
             shared.items[listed.index] = item;
             ptx::mbarrier_arrive(barrier_at(rings.item_ready, listed.index));
-            listed.step();
+            listed.step(kListed);
             if (item.phase != scheduler::kNoItem) {
                 stream_item(rings, stage, shared.operands[item.phase], item, claimed, claim);
-                if (claim + 1 == static_cast<uint32_t>(total)) {
-                    *claimed = 0;  // why: as many claims as items, this was the grid's last
-                }
+                TRACE(trace(seq, 1, now());)
             }
+            TRACE(seq++;)
         }
         if (item.phase == scheduler::kNoItem) {
             return;
         }
-        number = gridDim.x + static_cast<int>(__shfl_sync(0xffffffffu, claim, 0));
     }
 }
 
-// An expert's rows of activated are complete when all its gate_up items have been counted.
+// An expert's rows of activated are complete when both halves of all its gate_up tiles have been counted.
 template <class Shape>
 __device__ __forceinline__ void wait_for_gate_up(const WgmmaShared<Shape>& shared, const StepParams& p,
                                                  const LocalRank& me, int expert) {
     const scheduler::ExpertList<Shape>& experts = shared.experts;
-    const uint32_t items = static_cast<uint32_t>((experts.narrow[expert + 1] - experts.narrow[expert] +
-                                                  experts.wide[expert + 1] - experts.wide[expert]) *
+    const uint32_t halves = static_cast<uint32_t>((experts.narrow[expert + 1] - experts.narrow[expert] +
+                                                  experts.wide[expert + 1] - experts.wide[expert]) * 2 *
                                                  shared.operands[scheduler::kGateUpItems].row_tiles);
     const uint32_t* done = shared.expert_done + expert;
-    if (ptx::load_acquire_gpu(done) == items) {
+    if (ptx::load_acquire_gpu(done) == halves) {
         return;
     }
     const uint64_t start = ptx::globaltimer_ns();
     int polls = 0;
     uint32_t seen;
-    while ((seen = ptx::load_acquire_gpu(done)) != items) {
+    while ((seen = ptx::load_acquire_gpu(done)) != halves) {
         if (++polls == kPollsPerClockRead) {
             polls = 0;
             const uint64_t waited = ptx::globaltimer_ns() - start;
             if (waited > p.timeout_ns) {
-                claim_error_record(me, kInternal, kOpExperts, me.rank, items, seen, waited);
+                claim_error_record(me, kInternal, kOpExperts, me.rank, halves, seen, waited);
                 return;
             }
         }
@@ -255,20 +324,22 @@ __device__ __forceinline__ void gather_tokens(WgmmaShared<Shape>& shared, const 
     constexpr int kPass = kGatherThreads / 8;
     const int row0 = thread / 8;
     const int chunk = thread % 8;
-    RingPosition<Shape::kTokenSlots> slot;
-    RingPosition<kListed> listed;
+    RingPosition slot;
+    RingPosition listed;
     int which = 0;
     bool waits = kPhases == kDownPhase;
+    TRACE(int seq = 0;)
     while (true) {
         ptx::mbarrier_wait(barrier_at(rings.item_ready, listed.index), listed.parity);
         const scheduler::Item item = shared.items[listed.index];
-        listed.step();
+        listed.step(kListed);
         if (item.phase == scheduler::kNoItem) {
             break;
         }
         const GemmOperands& g = shared.operands[item.phase];
+        TRACE(if (thread == 0) trace(seq + 1, 2, now());)
         const int rows = item.work.rows;
-        const int columns = Shape::Columns::columns_for(rows);
+        const int columns = slot_columns<Shape>(item);
         uint32_t* sources = shared.sources[which];
         which ^= 1;
         for (int row = thread; row < columns; row += kGatherThreads) {
@@ -281,6 +352,7 @@ __device__ __forceinline__ void gather_tokens(WgmmaShared<Shape>& shared, const 
         if (kPhases == kBothPhases && item.phase == scheduler::kDownItems && thread == 0) {
             wait_for_gate_up(shared, p, me, item.work.expert);
         }
+        TRACE(seq++; if (thread == 0) trace(seq, 3, now());)
         if (waits) {
             waits = false;
             ptx::wait_for_previous_grid();
@@ -290,13 +362,13 @@ __device__ __forceinline__ void gather_tokens(WgmmaShared<Shape>& shared, const 
         asm volatile("bar.sync 2, %0;" ::"n"(kGatherThreads) : "memory");
 
         const bool copies = columns > 8 || row0 < rows;
-        const int group = k_blocks_of_slot<Shape>(columns);
+        const int group = rings.k_blocks_of_slot(columns);
         const uint4* in = reinterpret_cast<const uint4*>(g.in) + chunk;
         const int k_blocks = g.k_blocks;
 #pragma unroll 1
         for (int k = 0; k < k_blocks; k += group) {
             ptx::mbarrier_wait(barrier_at(rings.tokens_free, slot.index), slot.parity ^ 1);
-            uint32_t to = rings.tokens + slot.index * Shape::kSlotBytes;
+            uint32_t to = rings.tokens() + slot.index * rings.slot_bytes();
             if (copies) {
                 const int blocks = min(group, k_blocks - k);
 #pragma unroll 1
@@ -321,7 +393,7 @@ __device__ __forceinline__ void gather_tokens(WgmmaShared<Shape>& shared, const 
             }
             in += group * 8;
             ptx::mbarrier_arrive_after_cp_async(barrier_at(rings.tokens_ready, slot.index));
-            slot.step();
+            slot.step(rings.token_slots());
         }
     }
     if (waits) {
@@ -363,20 +435,27 @@ __device__ __forceinline__ void pin(float (&acc)[kBlocks][4]) {
     }
 }
 
-template <class Shape>
 struct MultiplierPosition {
-    RingPosition<Shape::kWeightStages> weights;
-    RingPosition<Shape::kTokenSlots> tokens;
+    RingPosition weights;
+    RingPosition tokens;
     int in_slot = 0;  // k blocks of the slot already used
 };
 
-// Barriers of what a k block used: its weight stage and, if it was the last in it, its token slot.
+// What a warpgroup multiplies of an item's tiles.
+struct Share {
+    uint32_t a;              // bytes into a stage where its weights begin
+    uint32_t b;              // bytes into a k block's tokens where its columns begin
+    uint32_t token_bytes;    // of a k block
+    int slot_k_blocks;
+};
+
+// Barriers of what a stage's products used: the stage and, if they were the last in it, a token slot.
 struct Leaving {
-    uint32_t weights_free;  // 0: has left
-    uint32_t tokens_free;   // 0: not the last
+    uint32_t weights_free;
+    uint32_t tokens_free;  // 0: not the last
 
     __device__ __forceinline__ void leave() const {
-        if (threadIdx.x % 32 == 0 && weights_free != 0) {
+        if (threadIdx.x % 32 == 0) {
             ptx::mbarrier_arrive(weights_free);
             if (tokens_free != 0) {
                 ptx::mbarrier_arrive(tokens_free);
@@ -385,9 +464,9 @@ struct Leaving {
     }
 };
 
-// Whether the tiles of the next k block are there.
+// Whether the next stage and its tokens are there.
 template <class Shape>
-__device__ __forceinline__ bool tiles_are_ready(const Rings<Shape>& rings, const MultiplierPosition<Shape>& at) {
+__device__ __forceinline__ bool tiles_are_ready(const Rings<Shape>& rings, const MultiplierPosition& at) {
     const bool weights = ptx::mbarrier_test(barrier_at(rings.weights_ready, at.weights.index), at.weights.parity);
     const bool tokens =
         at.in_slot != 0 ||
@@ -395,11 +474,11 @@ __device__ __forceinline__ bool tiles_are_ready(const Rings<Shape>& rings, const
     return weights && tokens;
 }
 
-// Starts the products of a k block, whose tiles are there if ready, else it waits for them.
-template <int kColumns, class Shape>
-__device__ __forceinline__ Leaving multiply_k_block(float (&acc)[kColumns / 8][4],
-                                                    const Rings<Shape>& rings,
-                                                    MultiplierPosition<Shape>& at, bool ready, bool last) {
+// Starts the products of a stage, whose tiles are there if ready, else it waits for them.
+template <int kColumns, int kStageBlocks, class Shape>
+__device__ __forceinline__ Leaving multiply_stage(float (&acc)[kColumns / 8][4], const Rings<Shape>& rings,
+                                                  MultiplierPosition& at, const Share& share, bool ready,
+                                                  bool last) {
     if (!ready) {
         ptx::mbarrier_wait(barrier_at(rings.weights_ready, at.weights.index), at.weights.parity);
         if (at.in_slot == 0) {
@@ -410,30 +489,34 @@ __device__ __forceinline__ Leaving multiply_k_block(float (&acc)[kColumns / 8][4
         // why: cp.async wrote through the generic proxy
         ptx::fence_proxy_async();
     }
-    const uint64_t a = ptx::wgmma_descriptor(rings.weights + at.weights.index * kTileBytes +
-                                             threadIdx.x / 128 * (kTileBytes / 2));
-    const uint64_t b = ptx::wgmma_descriptor(rings.tokens + at.tokens.index * Shape::kSlotBytes +
-                                             at.in_slot * (kColumns * kRowBytes));
+    const uint64_t a = ptx::wgmma_descriptor(rings.weights + at.weights.index * kTileBytes + share.a);
+    const uint64_t b = ptx::wgmma_descriptor(rings.tokens() + at.tokens.index * rings.slot_bytes() +
+                                             at.in_slot * share.token_bytes + share.b);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kTileCols / 16; step++) {
-        ptx::wgmma_k16(ptx::Columns<kColumns>(), acc, a + 2 * step, b + 2 * step, 1);
+    for (int block = 0; block < kStageBlocks; block++) {
+#pragma unroll
+        for (int step = 0; step < kTileCols / 16; step++) {
+            ptx::wgmma_k16(ptx::Columns<kColumns>(), acc, a + block * (kTileBytes / 2 >> 4) + 2 * step,
+                           b + block * (share.token_bytes >> 4) + 2 * step, 1);
+        }
     }
     ptx::wgmma_commit();
     Leaving leaving = {barrier_at(rings.weights_free, at.weights.index), 0};
-    at.weights.step();
-    if (++at.in_slot == k_blocks_of_slot<Shape>(kColumns) || last) {
+    at.weights.step(rings.weight_stages());
+    at.in_slot += kStageBlocks;
+    if (at.in_slot == share.slot_k_blocks || last) {
         leaving.tokens_free = barrier_at(rings.tokens_free, at.tokens.index);
-        at.tokens.step();
+        at.tokens.step(rings.token_slots());
         at.in_slot = 0;
     }
     return leaving;
 }
 
 // Warpgroups 0 and 1: the products of an item.
-template <int kColumns, class Shape>
+template <int kColumns, int kStageBlocks, class Shape>
 __device__ __forceinline__ void multiply_item(float (&acc)[kColumns / 8][4], const Rings<Shape>& rings,
-                                              MultiplierPosition<Shape>& at, int k_blocks) {
+                                              MultiplierPosition& at, const Share& share, int k_blocks TRACE(, int g_seq)) {
 #pragma unroll
     for (int j = 0; j < kColumns / 8; j++) {
 #pragma unroll
@@ -443,14 +526,15 @@ __device__ __forceinline__ void multiply_item(float (&acc)[kColumns / 8][4], con
     }
     pin(acc);
 
-    Leaving leaving = multiply_k_block<kColumns>(acc, rings, at, false, k_blocks == 1);
+    Leaving leaving = multiply_stage<kColumns, kStageBlocks>(acc, rings, at, share, false, k_blocks == kStageBlocks);
+    TRACE(if (threadIdx.x == 0) trace(g_seq, 4, now());)
 #pragma unroll 1
-    for (int k = 1; k < k_blocks; k++) {
+    for (int k = kStageBlocks; k < k_blocks; k += kStageBlocks) {
         // why before the wait: looking takes as long as the products
         const bool ready = tiles_are_ready(rings, at);
         ptx::wgmma_wait<0>();
         leaving.leave();
-        leaving = multiply_k_block<kColumns>(acc, rings, at, ready, k + 1 == k_blocks);
+        leaving = multiply_stage<kColumns, kStageBlocks>(acc, rings, at, share, ready, k + kStageBlocks == k_blocks);
     }
     ptx::wgmma_wait<0>();
     pin(acc);
@@ -458,32 +542,88 @@ __device__ __forceinline__ void multiply_item(float (&acc)[kColumns / 8][4], con
 }
 
 template <int kPhases, class Shape>
-__device__ __forceinline__ void multiply(const WgmmaShared<Shape>& shared, const Rings<Shape>& rings,
+__device__ __forceinline__ void multiply(const WgmmaShared<Shape>& shared, Rings<Shape> rings,
                                          const GateUpEpilogue& gate_up, const DownEpilogue& down) {
-    MultiplierPosition<Shape> at;
-    RingPosition<kListed> listed;
+    MultiplierPosition at;
+    RingPosition listed;
+    const int group = threadIdx.x / 128;
+    ptx::mbarrier_wait(barrier_at(rings.item_ready, 0), 0);
+    rings.few = shared.few;
+    TRACE(int seq = 0;)
+    bool dry = kPhases == kBothPhases;
     while (true) {
         ptx::mbarrier_wait(barrier_at(rings.item_ready, listed.index), listed.parity);
         const scheduler::Item& item = shared.items[listed.index];
-        listed.step();
+        listed.step(kListed);
         if (item.phase == scheduler::kNoItem) {
             break;
         }
         const GemmOperands& g = shared.operands[item.phase];
-        Shape::Columns::dispatch(Shape::Columns::columns_for(item.work.rows), [&](auto width) {
+        const bool halved = item.halved;
+        TRACE(seq++;)
+        const int columns = slot_columns<Shape>(item);
+        // why not for 8: a wgmma has no fewer columns, and the second warpgroup repeats what the first does
+        const bool shared_columns = halved && columns > 8;
+        scheduler::Work work = item.work;
+        int warp = threadIdx.x / 32;
+        if (halved) {
+            const int skipped = group * (columns > 8 ? columns / 2 : 8);
+            work.first_row += skipped;
+            work.rows -= skipped;
+            warp = warp % 4 + 4 * item.half;
+        }
+        Shape::Columns::dispatch(shared_columns ? columns / 2 : columns, [&](auto width) {
             constexpr int kColumns = decltype(width)::value;
+            Share share;
+            share.a = halved ? 0 : group * (kTileBytes / 2);
+            share.b = shared_columns ? group * (kColumns * kRowBytes) : 0;
+            share.token_bytes = shared_columns ? 2 * kColumns * kRowBytes : kColumns * kRowBytes;
+            share.slot_k_blocks = shared_columns ? rings.k_blocks_of_slot(2 * kColumns) : rings.k_blocks_of_slot(kColumns);
             float acc[kColumns / 8][4];
-            multiply_item<kColumns>(acc, rings, at, g.k_blocks);
-            if (kPhases == kGateUpPhase || (kPhases == kBothPhases && item.phase == scheduler::kGateUpItems)) {
-                gate_up.template store<kColumns>(g, item.work, acc);
-            } else {
-                down.template store<kColumns>(g, item.work, acc);
+#if V_DRY
+            // The first item passes over the epilogues once before its tiles are there. why: their
+            // instructions come from memory like the weights
+            if (dry) {
+#pragma unroll
+                for (int j = 0; j < kColumns / 8; j++) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
             }
+#pragma unroll 1
+            for (;; dry = false) {
+            if (!dry) {
+            if (kColumns <= Shape::kNarrowRows / 2 && (Shape::kHalvesGateUp || Shape::kHalvesDown) && halved) {
+                multiply_item<kColumns, 2>(acc, rings, at, share, g.k_blocks TRACE(, seq));
+            } else {
+                multiply_item<kColumns, 1>(acc, rings, at, share, g.k_blocks TRACE(, seq));
+            }
+            }
+            TRACE(if (threadIdx.x == 0) trace(seq, dry ? 8 : 5, now());)
+            scheduler::Work stored = work;
+            stored.rows = dry ? 0 : work.rows;
+            if (dry || item.phase == scheduler::kGateUpItems) gate_up.template store<kColumns>(g, stored, acc, warp);
+            if (dry || item.phase == scheduler::kDownItems) down.template store<kColumns>(g, stored, acc, warp);
+            TRACE(if (threadIdx.x == 0 && dry) trace(seq, 9, now());)
+            if (!dry) break;
+            }
+#else
+            if (kColumns <= Shape::kNarrowRows / 2 && (Shape::kHalvesGateUp || Shape::kHalvesDown) && halved) {
+                multiply_item<kColumns, 2>(acc, rings, at, share, g.k_blocks TRACE(, seq));
+            } else {
+                multiply_item<kColumns, 1>(acc, rings, at, share, g.k_blocks TRACE(, seq));
+            }
+            TRACE(if (threadIdx.x == 0) trace(seq, 5, now());)
+            if (kPhases == kGateUpPhase || (kPhases == kBothPhases && item.phase == scheduler::kGateUpItems)) {
+                gate_up.template store<kColumns>(g, work, acc, warp);
+            } else {
+                down.template store<kColumns>(g, work, acc, warp);
+            }
+#endif
         });
+        TRACE(if (threadIdx.x == 0) trace(seq, 6, now());)
         if (kPhases == kBothPhases && item.phase == scheduler::kGateUpItems) {
             sync_multipliers();
             if (threadIdx.x == 0) {
-                ptx::add_release_gpu(shared.expert_done + item.work.expert, 1);
+                ptx::add_release_gpu(shared.expert_done + item.work.expert, halved ? 1 : 2);
+                TRACE(trace(seq, 7, now());)
             }
         }
     }
@@ -499,19 +639,20 @@ __device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& gate_up, c
     WgmmaShared<Shape>& shared =
         *reinterpret_cast<WgmmaShared<Shape>*>(wgmma_rings + kWgmmaRingBytes<Shape>);
     Rings<Shape> rings;
+    TRACE(if (threadIdx.x == 256) { for (int i = 1; i < 32; i++) g_trace[blockIdx.x % 132][i][11] = 99; trace(0, 0, now()); })
     rings.weights = ptx::shared_address(wgmma_rings);
-    rings.tokens = rings.weights + Shape::kWeightStages * kTileBytes;
+    rings.few = false;
     rings.weights_ready = ptx::shared_address(shared.weights_ready);
     rings.weights_free = ptx::shared_address(shared.weights_free);
     rings.tokens_ready = ptx::shared_address(shared.tokens_ready);
     rings.tokens_free = ptx::shared_address(shared.tokens_free);
     rings.item_ready = ptx::shared_address(shared.item_ready);
     if (threadIdx.x == kWgmmaThreads - 1) {
-        for (int i = 0; i < Shape::kWeightStages; i++) {
+        for (int i = 0; i < kMostWeightStages<Shape>; i++) {
             ptx::mbarrier_init(barrier_at(rings.weights_ready, i), 1);
             ptx::mbarrier_init(barrier_at(rings.weights_free, i), kMultiplyThreads / 32);
         }
-        for (int i = 0; i < Shape::kTokenSlots; i++) {
+        for (int i = 0; i < kMostTokenSlots<Shape>; i++) {
             ptx::mbarrier_init(barrier_at(rings.tokens_ready, i), kGatherThreads);
             ptx::mbarrier_init(barrier_at(rings.tokens_free, i), kMultiplyThreads / 32);
         }
@@ -532,8 +673,10 @@ __device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& gate_up, c
         ptx::give_registers<kProducerRegisters>();
         const int thread = threadIdx.x - kMultiplyThreads;
         const GemmOperands& any = kPhases == kDownPhase ? down : gate_up;
-        const int row_tiles[2] = {kPhases & kGateUpPhase ? gate_up.row_tiles : 0,
-                                  kPhases & kDownPhase ? down.row_tiles : 0};
+        const scheduler::Dealing dealing(kPhases & kGateUpPhase ? gate_up.row_tiles : 0,
+                                         kPhases & kDownPhase ? down.row_tiles : 0, gridDim.x,
+                                         Shape::kHalvesGateUp && gate_up.k_blocks % 2 == 0,
+                                         Shape::kHalvesDown && down.k_blocks % 2 == 0);
         // why twice: while the previous grid runs there is time to fetch the instructions that stand
         // between the counts and the first copy, and they come from memory as the weights do
 #pragma unroll 1
@@ -542,10 +685,20 @@ __device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& gate_up, c
                 ptx::wait_for_previous_grid();
                 ptx::allow_next_grid();
             }
-            shared.experts.build(any.counts, any.experts, thread);
+            TRACE(if (live && thread == 0) trace(0, 1, now());)
+            // why here: the claim is on its way while the list is built
+            uint32_t claim = 0;
+            if (live && thread == 0) {
+                claim = atomicAdd(shared.work + claimed, 1u);
+            }
+            rings.few = shared.experts.build(any.counts, any.experts, thread, live);
+            TRACE(if (live && thread == 0) trace(0, 2, now());)
+            if (thread == 0) {
+                shared.few = rings.few;
+            }
             if (thread < 32) {
-                stream_weights(shared, rings, scheduler::Items<Shape>(shared.experts, any.experts, row_tiles),
-                               shared.work + claimed, live);
+                stream_weights(shared, rings, scheduler::Items<Shape>(shared.experts, any.experts, dealing),
+                               shared.work + claimed, claim, live);
             }
             if (live) {
                 break;
