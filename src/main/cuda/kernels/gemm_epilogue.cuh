@@ -1,6 +1,6 @@
 // What the masked GEMMs with mma.sync and wgmma share: operands, and the epilogues, which take the
-// accumulators of 8 warps, warp w (of the CTA, or as the caller says) with outputs 16w .. 16w + 15 of the tile. Both kernels sum in the
-// same order and end here, so their results agree bit for bit.
+// accumulators of 8 warps, warp w (of the CTA, or as the caller says) with outputs 16w .. 16w + 15 of the
+// tile. Both kernels sum in the same order and end here, so their results agree bit for bit.
 #pragma once
 #include "../common/math.cuh"
 #include "../layout/recv_buffer.cuh"

@@ -13,9 +13,9 @@
 // whatever the width and the CTA.
 //
 // Both in one kernel: a down item reads rows of activated that other CTAs write. Each finished gate_up item
-// adds one to its expert's count, with release; who gathers for a down item polls it, with acquire. Weights
-// stream on across that boundary. The poll ends once all CTAs of the grid have had an SM; where another
-// kernel keeps some of them from one for good, its bound ends the step with a fault.
+// adds its halves of a tile to its expert's count, with release; who gathers for a down item polls it, with
+// acquire. Weights stream on across that boundary. Every gate_up item before a claimed down item is with a
+// CTA that runs, so the poll ends however few of the grid's CTAs have an SM; its bound is for faults.
 //
 // Launched with programmatic dependence or without. What does not depend on the previous kernel is
 // done first: the setup; for down alone also counts and weights.
@@ -34,7 +34,6 @@
 #include "gemm_epilogue.cuh"
 
 namespace moe {
-
 
 constexpr int kWgmmaThreads = 384;
 constexpr int kMultiplyThreads = 256;
@@ -63,80 +62,63 @@ struct Widths {
     }
 };
 
-// How the two rings share a CTA's memory.
-template <int kStages, int kSlots, int kColumnsOfSlot>
-struct Split {
-    static constexpr int kWeightStages = kStages;
-    static constexpr int kTokenSlots = kSlots;
-    static constexpr int kSlotBytes = kColumnsOfSlot * kRowBytes;
-    static constexpr int kBytes = kWeightStages * kTileBytes + kTokenSlots * kSlotBytes;
-
-    // k blocks in a slot of token columns.
-    __device__ __forceinline__ static constexpr int k_blocks_of_slot(int columns) {
-        const int blocks = kSlotBytes / (columns * kRowBytes);
-        return blocks < 4 ? blocks : 4;
-    }
-};
-
 // For decode: few rows an expert.
 struct NarrowShape {
     using Columns = Widths<8, 16, 24, 32, 48, 64, 80, 96, 128>;
     static constexpr int kNarrowRows = 64;  // an expert with more is wide (scheduler/claims.cuh)
-    using Usual = Split<7, 6, 128>;
-    // Where no expert has more than kFewRows the tokens need little, and the weights of a whole down item
-    // stand ready before its tokens do.
-    static constexpr int kFewRows = 16;
-    using OfFew = Split<V_FEW, V_FEW == 12 ? 4 : 6, V_FEW == 12 ? 32 : 128>;
-    static constexpr bool kHalvesGateUp = V_HALF >= 1;  // in the last round of the phase
-    static constexpr bool kHalvesDown = V_HALF >= 2;
+    static constexpr int kWeightStages = 7;
+    static constexpr int kTokenSlots = 6;
+    static constexpr int kSlotBytes = 128 * kRowBytes;
+    static constexpr bool kHalvesGateUp = true;  // tiles of the last round may be halved
 };
 
 // For many items, some of experts with many rows: products so wide that weights are read again less often.
 struct WideShape {
     using Columns = Widths<8, 16, 24, 32, 48, 64, 96, 128, 176, 224>;
     static constexpr int kNarrowRows = 96;
-    using Usual = Split<6, 4, 224>;
-    static constexpr int kFewRows = 0;
-    using OfFew = Usual;
+    static constexpr int kWeightStages = 6;
+    static constexpr int kTokenSlots = 4;
+    static constexpr int kSlotBytes = 224 * kRowBytes;
     static constexpr bool kHalvesGateUp = false;
-    static constexpr bool kHalvesDown = false;
 };
 
 // Of the 168 that 384 threads may have each at launch.
 constexpr int kMultiplierRegisters = 208;
 constexpr int kProducerRegisters = 88;
 
+// k blocks in a slot of token columns.
 template <class Shape>
-constexpr int kMostWeightStages = std::max(Shape::Usual::kWeightStages, Shape::OfFew::kWeightStages);
-template <class Shape>
-constexpr int kMostTokenSlots = std::max(Shape::Usual::kTokenSlots, Shape::OfFew::kTokenSlots);
+__device__ __forceinline__ constexpr int k_blocks_of_slot(int columns) {
+    const int blocks = Shape::kSlotBytes / (columns * kRowBytes);
+    return blocks < 4 ? blocks : 4;
+}
 
 // Items the thread that claims them has listed. It is at most a ring of k blocks, so of items, ahead.
 constexpr int kListed = 16;
-static_assert(kMostWeightStages<WideShape> + 2 < kListed && kMostWeightStages<NarrowShape> + 2 < kListed,
+static_assert(WideShape::kWeightStages + 2 < kListed && NarrowShape::kWeightStages + 2 < kListed,
               "a listed item stays until it is done");
 // k blocks before the end of an item at which the next is claimed.
 constexpr int kClaimAhead = 4;
 
 template <class Shape>
 struct WgmmaShared {
-    uint64_t weights_ready[kMostWeightStages<Shape>];
-    uint64_t weights_free[kMostWeightStages<Shape>];
-    uint64_t tokens_ready[kMostTokenSlots<Shape>];
-    uint64_t tokens_free[kMostTokenSlots<Shape>];
+    uint64_t weights_ready[Shape::kWeightStages];
+    uint64_t weights_free[Shape::kWeightStages];
+    uint64_t tokens_ready[Shape::kTokenSlots];
+    uint64_t tokens_free[Shape::kTokenSlots];
     uint64_t item_ready[kListed];
     scheduler::Item items[kListed];
     GemmOperands operands[2];  // of gate_up, of down
     // why here: the rank's record is in device memory, and its lines do not stay in L1
     uint32_t* work;
     uint32_t* expert_done;
-    bool few;  // the rings are split as Shape::OfFew
     uint32_t sources[2][Shape::Columns::kMost];  // 16-byte chunk where a token row begins
     scheduler::ExpertList<Shape> experts;
 };
 
 template <class Shape>
-constexpr int kWgmmaRingBytes = std::max(Shape::Usual::kBytes, Shape::OfFew::kBytes);
+constexpr int kWgmmaRingBytes =
+    Shape::kWeightStages * kTileBytes + Shape::kTokenSlots * Shape::kSlotBytes;
 template <class Shape>
 constexpr int kWgmmaExtraBytes = (sizeof(WgmmaShared<Shape>) + 127) / 128 * 128;
 template <class Shape>
@@ -145,12 +127,13 @@ static_assert(kWgmmaSharedBytes<WideShape> <= 227 * 1024, "one CTA fits an SM of
 static_assert(kWgmmaSharedBytes<NarrowShape> <= 227 * 1024, "one CTA fits an SM of sm_90");
 
 // A position in a ring and the parity of its barriers' phase.
+template <int kStages>
 struct RingPosition {
     int index = 0;
     uint32_t parity = 0;
 
-    __device__ __forceinline__ void step(int stages) {
-        if (++index == stages) {
+    __device__ __forceinline__ void step() {
+        if (++index == kStages) {
             index = 0;
             parity ^= 1;
         }
@@ -161,26 +144,12 @@ struct RingPosition {
 template <class Shape>
 struct Rings {
     uint32_t weights;
-    bool few;
+    uint32_t tokens;
     uint32_t weights_ready;
     uint32_t weights_free;
     uint32_t tokens_ready;
     uint32_t tokens_free;
     uint32_t item_ready;
-
-    __device__ __forceinline__ int weight_stages() const {
-        return few ? Shape::OfFew::kWeightStages : Shape::Usual::kWeightStages;
-    }
-    __device__ __forceinline__ int token_slots() const {
-        return few ? Shape::OfFew::kTokenSlots : Shape::Usual::kTokenSlots;
-    }
-    __device__ __forceinline__ int slot_bytes() const {
-        return few ? Shape::OfFew::kSlotBytes : Shape::Usual::kSlotBytes;
-    }
-    __device__ __forceinline__ uint32_t tokens() const { return weights + weight_stages() * kTileBytes; }
-    __device__ __forceinline__ int k_blocks_of_slot(int columns) const {
-        return few ? Shape::OfFew::k_blocks_of_slot(columns) : Shape::Usual::k_blocks_of_slot(columns);
-    }
 };
 
 // Columns that a slot holds of each k block: those of both warpgroups if the item is halved and has more
@@ -188,7 +157,8 @@ struct Rings {
 template <class Shape>
 __device__ __forceinline__ int slot_columns(const scheduler::Item& item) {
     const int rows = item.work.rows;
-    return item.halved && rows > 8 ? 2 * Shape::Columns::columns_for((rows + 1) / 2) : Shape::Columns::columns_for(rows);
+    return item.halved && rows > 8 ? 2 * Shape::Columns::columns_for((rows + 1) / 2)
+                                   : Shape::Columns::columns_for(rows);
 }
 
 __device__ __forceinline__ uint32_t barrier_at(uint32_t barriers, int index) {
@@ -197,24 +167,18 @@ __device__ __forceinline__ uint32_t barrier_at(uint32_t barriers, int index) {
 
 // The weights of an item, by one thread, which claims the next item on the way. A stage holds a k block of
 // a tile, or two of half a tile.
-struct WeightPosition {
-    RingPosition next;    // to be filled
-    RingPosition landed;  // the oldest that may still be on its way
-    int on_the_way = 0;
-};
-
 template <class Shape>
-__device__ __forceinline__ void stream_item(const Rings<Shape>& rings, WeightPosition& at, const GemmOperands& g,
+__device__ __forceinline__ void stream_item(const Rings<Shape>& rings,
+                                            RingPosition<Shape::kWeightStages>& stage, const GemmOperands& g,
                                             const scheduler::Item& item, uint32_t* claimed, uint32_t& claim) {
     const uint8_t* tile = reinterpret_cast<const uint8_t*>(
         g.weights + tile_offset(item.work.expert, item.work.row_tile, 0, g.row_tiles, g.k_blocks));
     const uint64_t policy = item.once ? ptx::evict_first() : ptx::evict_normal();
     const int stages = item.halved ? g.k_blocks / 2 : g.k_blocks;
     tile += item.half * (kTileBytes / 2);
-    RingPosition& stage = at.next;
-    const RingPosition first = stage;
+    const RingPosition<Shape::kWeightStages> first = stage;
     // why: an item that is not begun may have to wait, and others could begin the next one
-    const bool begun = stages - kClaimAhead >= rings.weight_stages();
+    const bool begun = stages - kClaimAhead >= Shape::kWeightStages;
     const int claim_at = begun ? stages - kClaimAhead : -1;
 #pragma unroll 1
     for (int i = 0; i < stages; i++) {
@@ -222,27 +186,18 @@ __device__ __forceinline__ void stream_item(const Rings<Shape>& rings, WeightPos
             claim = atomicAdd(claimed, 1u);
         }
         ptx::mbarrier_wait(barrier_at(rings.weights_free, stage.index), stage.parity ^ 1);
-        if (V_W < 12) {
-            if (at.on_the_way == V_W) {
-                ptx::mbarrier_wait(barrier_at(rings.weights_ready, at.landed.index), at.landed.parity);
-                at.landed.step(rings.weight_stages());
-            } else {
-                at.on_the_way++;
-            }
-        }
         const uint32_t ready = barrier_at(rings.weights_ready, stage.index);
         const uint32_t to = rings.weights + stage.index * kTileBytes;
-        if (item.halved) {
+        if (Shape::kHalvesGateUp && item.halved) {
             ptx::bulk_copy(to, tile, kTileBytes / 2, ready, policy);
             ptx::bulk_copy(to + kTileBytes / 2, tile + kTileBytes, kTileBytes / 2, ready, policy);
-            ptx::mbarrier_arrive_expect(ready, kTileBytes);
             tile += 2 * kTileBytes;
         } else {
             ptx::bulk_copy(to, tile, kTileBytes, ready, policy);
-            ptx::mbarrier_arrive_expect(ready, kTileBytes);
             tile += kTileBytes;
         }
-        stage.step(rings.weight_stages());
+        ptx::mbarrier_arrive_expect(ready, kTileBytes);
+        stage.step();
     }
     if (!begun) {
         ptx::mbarrier_wait(barrier_at(rings.weights_free, first.index), first.parity);
@@ -251,37 +206,33 @@ __device__ __forceinline__ void stream_item(const Rings<Shape>& rings, WeightPos
 }
 
 // Warpgroup 2, warp 0: claims items, lists them for the others and streams their weights. After the
-// last it lists one of no phase. Not live: up to the first item. first: what lane 0 claimed.
+// last it lists one of no phase. number: of the CTA's first item, in lane 0. base: items that are no claim's.
+// Not live: up to the first item.
 template <class Shape>
 __device__ __forceinline__ void stream_weights(WgmmaShared<Shape>& shared, const Rings<Shape>& rings,
                                                const scheduler::Items<Shape>& items, uint32_t* claimed,
-                                               uint32_t first, bool live) {
-    WeightPosition stage;
-    RingPosition listed;
-    const uint32_t claims = items.total() + gridDim.x;
-    uint32_t claim = first;
-    TRACE(int seq = 1;)
+                                               uint32_t number, uint32_t base, bool live) {
+    RingPosition<Shape::kWeightStages> stage;
+    RingPosition<kListed> listed;
+    const uint32_t last = items.total() + gridDim.x - 1;
     while (true) {
-        if (live && threadIdx.x % 32 == 0 && claim + 1 == claims) {
-            *claimed = 0;  // why: an item each and one in vain for each CTA, this was the grid's last
+        if (live && threadIdx.x % 32 == 0 && number == last) {
+            *claimed = 0;  // why: a number for each item and one in vain for each CTA, this was the grid's last
         }
-        const scheduler::Item item = items.at(static_cast<int>(__shfl_sync(0xffffffffu, claim, 0)));
+        const scheduler::Item item = items.at(static_cast<int>(__shfl_sync(0xffffffffu, number, 0)));
         if (!live) {
             ptx::keep(item.work.expert, item.work.row_tile);
             return;
         }
         if (threadIdx.x % 32 == 0) {
-            TRACE(trace(seq, 0, now());)
-            TRACE(trace(seq, 11, item.phase | item.halved << 2 | item.half << 3 | item.work.expert << 8 | item.work.row_tile << 20);)
-            TRACE(trace(seq, 10, item.work.rows);)
             shared.items[listed.index] = item;
             ptx::mbarrier_arrive(barrier_at(rings.item_ready, listed.index));
-            listed.step(kListed);
+            listed.step();
             if (item.phase != scheduler::kNoItem) {
+                uint32_t claim = 0;
                 stream_item(rings, stage, shared.operands[item.phase], item, claimed, claim);
-                TRACE(trace(seq, 1, now());)
+                number = base + claim;
             }
-            TRACE(seq++;)
         }
         if (item.phase == scheduler::kNoItem) {
             return;
@@ -294,9 +245,10 @@ template <class Shape>
 __device__ __forceinline__ void wait_for_gate_up(const WgmmaShared<Shape>& shared, const StepParams& p,
                                                  const LocalRank& me, int expert) {
     const scheduler::ExpertList<Shape>& experts = shared.experts;
-    const uint32_t halves = static_cast<uint32_t>((experts.narrow[expert + 1] - experts.narrow[expert] +
-                                                  experts.wide[expert + 1] - experts.wide[expert]) * 2 *
-                                                 shared.operands[scheduler::kGateUpItems].row_tiles);
+    const int blocks = experts.narrow[expert + 1] - experts.narrow[expert] + experts.wide[expert + 1] -
+                       experts.wide[expert];
+    const uint32_t halves =
+        static_cast<uint32_t>(2 * blocks * shared.operands[scheduler::kGateUpItems].row_tiles);
     const uint32_t* done = shared.expert_done + expert;
     if (ptx::load_acquire_gpu(done) == halves) {
         return;
@@ -324,20 +276,21 @@ __device__ __forceinline__ void gather_tokens(WgmmaShared<Shape>& shared, const 
     constexpr int kPass = kGatherThreads / 8;
     const int row0 = thread / 8;
     const int chunk = thread % 8;
-    RingPosition slot;
-    RingPosition listed;
+    RingPosition<Shape::kTokenSlots> slot;
+    RingPosition<kListed> listed;
     int which = 0;
     bool waits = kPhases == kDownPhase;
-    TRACE(int seq = 0;)
+    if (!waits) {
+        ptx::wait_for_previous_grid();
+    }
     while (true) {
         ptx::mbarrier_wait(barrier_at(rings.item_ready, listed.index), listed.parity);
         const scheduler::Item item = shared.items[listed.index];
-        listed.step(kListed);
+        listed.step();
         if (item.phase == scheduler::kNoItem) {
             break;
         }
         const GemmOperands& g = shared.operands[item.phase];
-        TRACE(if (thread == 0) trace(seq + 1, 2, now());)
         const int rows = item.work.rows;
         const int columns = slot_columns<Shape>(item);
         uint32_t* sources = shared.sources[which];
@@ -352,7 +305,6 @@ __device__ __forceinline__ void gather_tokens(WgmmaShared<Shape>& shared, const 
         if (kPhases == kBothPhases && item.phase == scheduler::kDownItems && thread == 0) {
             wait_for_gate_up(shared, p, me, item.work.expert);
         }
-        TRACE(seq++; if (thread == 0) trace(seq, 3, now());)
         if (waits) {
             waits = false;
             ptx::wait_for_previous_grid();
@@ -362,13 +314,13 @@ __device__ __forceinline__ void gather_tokens(WgmmaShared<Shape>& shared, const 
         asm volatile("bar.sync 2, %0;" ::"n"(kGatherThreads) : "memory");
 
         const bool copies = columns > 8 || row0 < rows;
-        const int group = rings.k_blocks_of_slot(columns);
+        const int group = k_blocks_of_slot<Shape>(columns);
         const uint4* in = reinterpret_cast<const uint4*>(g.in) + chunk;
         const int k_blocks = g.k_blocks;
 #pragma unroll 1
         for (int k = 0; k < k_blocks; k += group) {
             ptx::mbarrier_wait(barrier_at(rings.tokens_free, slot.index), slot.parity ^ 1);
-            uint32_t to = rings.tokens() + slot.index * rings.slot_bytes();
+            uint32_t to = rings.tokens + slot.index * Shape::kSlotBytes;
             if (copies) {
                 const int blocks = min(group, k_blocks - k);
 #pragma unroll 1
@@ -393,7 +345,7 @@ __device__ __forceinline__ void gather_tokens(WgmmaShared<Shape>& shared, const 
             }
             in += group * 8;
             ptx::mbarrier_arrive_after_cp_async(barrier_at(rings.tokens_ready, slot.index));
-            slot.step(rings.token_slots());
+            slot.step();
         }
     }
     if (waits) {
@@ -435,18 +387,19 @@ __device__ __forceinline__ void pin(float (&acc)[kBlocks][4]) {
     }
 }
 
+template <class Shape>
 struct MultiplierPosition {
-    RingPosition weights;
-    RingPosition tokens;
+    RingPosition<Shape::kWeightStages> weights;
+    RingPosition<Shape::kTokenSlots> tokens;
     int in_slot = 0;  // k blocks of the slot already used
 };
 
 // What a warpgroup multiplies of an item's tiles.
 struct Share {
-    uint32_t a;              // bytes into a stage where its weights begin
-    uint32_t b;              // bytes into a k block's tokens where its columns begin
-    uint32_t token_bytes;    // of a k block
-    int slot_k_blocks;
+    uint32_t a;            // bytes into a stage where its weights begin
+    uint32_t b;            // bytes into a k block's tokens where its columns begin
+    uint32_t token_bytes;  // of a k block
+    int slot_k_blocks;     // in a slot
 };
 
 // Barriers of what a stage's products used: the stage and, if they were the last in it, a token slot.
@@ -466,7 +419,7 @@ struct Leaving {
 
 // Whether the next stage and its tokens are there.
 template <class Shape>
-__device__ __forceinline__ bool tiles_are_ready(const Rings<Shape>& rings, const MultiplierPosition& at) {
+__device__ __forceinline__ bool tiles_are_ready(const Rings<Shape>& rings, const MultiplierPosition<Shape>& at) {
     const bool weights = ptx::mbarrier_test(barrier_at(rings.weights_ready, at.weights.index), at.weights.parity);
     const bool tokens =
         at.in_slot != 0 ||
@@ -474,10 +427,20 @@ __device__ __forceinline__ bool tiles_are_ready(const Rings<Shape>& rings, const
     return weights && tokens;
 }
 
+// The descriptor, known to be the same in all lanes. why: it stays in uniform registers, where wgmma wants it
+__device__ __forceinline__ uint64_t uniform_descriptor(uint64_t descriptor) {
+    return descriptor >> 32 << 32 | __shfl_sync(0xffffffffu, static_cast<uint32_t>(descriptor), 0);
+}
+
+// The descriptor of what lies so many 16 bytes further on; its high half never changes.
+__device__ __forceinline__ uint64_t further(uint64_t descriptor, uint32_t by) {
+    return descriptor >> 32 << 32 | (static_cast<uint32_t>(descriptor) + by);
+}
+
 // Starts the products of a stage, whose tiles are there if ready, else it waits for them.
 template <int kColumns, int kStageBlocks, class Shape>
 __device__ __forceinline__ Leaving multiply_stage(float (&acc)[kColumns / 8][4], const Rings<Shape>& rings,
-                                                  MultiplierPosition& at, const Share& share, bool ready,
+                                                  MultiplierPosition<Shape>& at, const Share& share, bool ready,
                                                   bool last) {
     if (!ready) {
         ptx::mbarrier_wait(barrier_at(rings.weights_ready, at.weights.index), at.weights.parity);
@@ -489,25 +452,27 @@ __device__ __forceinline__ Leaving multiply_stage(float (&acc)[kColumns / 8][4],
         // why: cp.async wrote through the generic proxy
         ptx::fence_proxy_async();
     }
-    const uint64_t a = ptx::wgmma_descriptor(rings.weights + at.weights.index * kTileBytes + share.a);
-    const uint64_t b = ptx::wgmma_descriptor(rings.tokens() + at.tokens.index * rings.slot_bytes() +
-                                             at.in_slot * share.token_bytes + share.b);
+    const uint64_t a =
+        uniform_descriptor(ptx::wgmma_descriptor(rings.weights + at.weights.index * kTileBytes + share.a));
+    const uint64_t b = uniform_descriptor(ptx::wgmma_descriptor(
+        rings.tokens + at.tokens.index * Shape::kSlotBytes + at.in_slot * share.token_bytes + share.b));
+    const uint32_t next_b = kStageBlocks == 1 ? 0 : __shfl_sync(0xffffffffu, share.token_bytes >> 4, 0);
     ptx::wgmma_fence();
 #pragma unroll
     for (int block = 0; block < kStageBlocks; block++) {
 #pragma unroll
         for (int step = 0; step < kTileCols / 16; step++) {
-            ptx::wgmma_k16(ptx::Columns<kColumns>(), acc, a + block * (kTileBytes / 2 >> 4) + 2 * step,
-                           b + block * (share.token_bytes >> 4) + 2 * step, 1);
+            ptx::wgmma_k16(ptx::Columns<kColumns>(), acc, further(a, block * (kTileBytes / 2 >> 4) + 2 * step),
+                           further(b, block * next_b + 2 * step), 1);
         }
     }
     ptx::wgmma_commit();
     Leaving leaving = {barrier_at(rings.weights_free, at.weights.index), 0};
-    at.weights.step(rings.weight_stages());
+    at.weights.step();
     at.in_slot += kStageBlocks;
     if (at.in_slot == share.slot_k_blocks || last) {
         leaving.tokens_free = barrier_at(rings.tokens_free, at.tokens.index);
-        at.tokens.step(rings.token_slots());
+        at.tokens.step();
         at.in_slot = 0;
     }
     return leaving;
@@ -516,7 +481,7 @@ __device__ __forceinline__ Leaving multiply_stage(float (&acc)[kColumns / 8][4],
 // Warpgroups 0 and 1: the products of an item.
 template <int kColumns, int kStageBlocks, class Shape>
 __device__ __forceinline__ void multiply_item(float (&acc)[kColumns / 8][4], const Rings<Shape>& rings,
-                                              MultiplierPosition& at, const Share& share, int k_blocks TRACE(, int g_seq)) {
+                                              MultiplierPosition<Shape>& at, const Share& share, int k_blocks) {
 #pragma unroll
     for (int j = 0; j < kColumns / 8; j++) {
 #pragma unroll
@@ -526,15 +491,16 @@ __device__ __forceinline__ void multiply_item(float (&acc)[kColumns / 8][4], con
     }
     pin(acc);
 
-    Leaving leaving = multiply_stage<kColumns, kStageBlocks>(acc, rings, at, share, false, k_blocks == kStageBlocks);
-    TRACE(if (threadIdx.x == 0) trace(g_seq, 4, now());)
+    Leaving leaving =
+        multiply_stage<kColumns, kStageBlocks>(acc, rings, at, share, false, k_blocks == kStageBlocks);
 #pragma unroll 1
     for (int k = kStageBlocks; k < k_blocks; k += kStageBlocks) {
         // why before the wait: looking takes as long as the products
         const bool ready = tiles_are_ready(rings, at);
         ptx::wgmma_wait<0>();
         leaving.leave();
-        leaving = multiply_stage<kColumns, kStageBlocks>(acc, rings, at, share, ready, k + kStageBlocks == k_blocks);
+        leaving =
+            multiply_stage<kColumns, kStageBlocks>(acc, rings, at, share, ready, k + kStageBlocks == k_blocks);
     }
     ptx::wgmma_wait<0>();
     pin(acc);
@@ -542,25 +508,20 @@ __device__ __forceinline__ void multiply_item(float (&acc)[kColumns / 8][4], con
 }
 
 template <int kPhases, class Shape>
-__device__ __forceinline__ void multiply(const WgmmaShared<Shape>& shared, Rings<Shape> rings,
+__device__ __forceinline__ void multiply(const WgmmaShared<Shape>& shared, const Rings<Shape>& rings,
                                          const GateUpEpilogue& gate_up, const DownEpilogue& down) {
-    MultiplierPosition at;
-    RingPosition listed;
+    MultiplierPosition<Shape> at;
+    RingPosition<kListed> listed;
     const int group = threadIdx.x / 128;
-    ptx::mbarrier_wait(barrier_at(rings.item_ready, 0), 0);
-    rings.few = shared.few;
-    TRACE(int seq = 0;)
-    bool dry = kPhases == kBothPhases;
     while (true) {
         ptx::mbarrier_wait(barrier_at(rings.item_ready, listed.index), listed.parity);
         const scheduler::Item& item = shared.items[listed.index];
-        listed.step(kListed);
+        listed.step();
         if (item.phase == scheduler::kNoItem) {
             break;
         }
         const GemmOperands& g = shared.operands[item.phase];
-        const bool halved = item.halved;
-        TRACE(seq++;)
+        const bool halved = Shape::kHalvesGateUp && item.halved;
         const int columns = slot_columns<Shape>(item);
         // why not for 8: a wgmma has no fewer columns, and the second warpgroup repeats what the first does
         const bool shared_columns = halved && columns > 8;
@@ -578,52 +539,23 @@ __device__ __forceinline__ void multiply(const WgmmaShared<Shape>& shared, Rings
             share.a = halved ? 0 : group * (kTileBytes / 2);
             share.b = shared_columns ? group * (kColumns * kRowBytes) : 0;
             share.token_bytes = shared_columns ? 2 * kColumns * kRowBytes : kColumns * kRowBytes;
-            share.slot_k_blocks = shared_columns ? rings.k_blocks_of_slot(2 * kColumns) : rings.k_blocks_of_slot(kColumns);
+            share.slot_k_blocks = k_blocks_of_slot<Shape>(shared_columns ? 2 * kColumns : kColumns);
             float acc[kColumns / 8][4];
-#if V_DRY
-            // The first item passes over the epilogues once before its tiles are there. why: their
-            // instructions come from memory like the weights
-            if (dry) {
-#pragma unroll
-                for (int j = 0; j < kColumns / 8; j++) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
-            }
-#pragma unroll 1
-            for (;; dry = false) {
-            if (!dry) {
-            if (kColumns <= Shape::kNarrowRows / 2 && (Shape::kHalvesGateUp || Shape::kHalvesDown) && halved) {
-                multiply_item<kColumns, 2>(acc, rings, at, share, g.k_blocks TRACE(, seq));
+            if (kColumns <= Shape::kNarrowRows / 2 && halved) {
+                multiply_item<kColumns, 2>(acc, rings, at, share, g.k_blocks);
             } else {
-                multiply_item<kColumns, 1>(acc, rings, at, share, g.k_blocks TRACE(, seq));
+                multiply_item<kColumns, 1>(acc, rings, at, share, g.k_blocks);
             }
-            }
-            TRACE(if (threadIdx.x == 0) trace(seq, dry ? 8 : 5, now());)
-            scheduler::Work stored = work;
-            stored.rows = dry ? 0 : work.rows;
-            if (dry || item.phase == scheduler::kGateUpItems) gate_up.template store<kColumns>(g, stored, acc, warp);
-            if (dry || item.phase == scheduler::kDownItems) down.template store<kColumns>(g, stored, acc, warp);
-            TRACE(if (threadIdx.x == 0 && dry) trace(seq, 9, now());)
-            if (!dry) break;
-            }
-#else
-            if (kColumns <= Shape::kNarrowRows / 2 && (Shape::kHalvesGateUp || Shape::kHalvesDown) && halved) {
-                multiply_item<kColumns, 2>(acc, rings, at, share, g.k_blocks TRACE(, seq));
-            } else {
-                multiply_item<kColumns, 1>(acc, rings, at, share, g.k_blocks TRACE(, seq));
-            }
-            TRACE(if (threadIdx.x == 0) trace(seq, 5, now());)
             if (kPhases == kGateUpPhase || (kPhases == kBothPhases && item.phase == scheduler::kGateUpItems)) {
                 gate_up.template store<kColumns>(g, work, acc, warp);
             } else {
                 down.template store<kColumns>(g, work, acc, warp);
             }
-#endif
         });
-        TRACE(if (threadIdx.x == 0) trace(seq, 6, now());)
         if (kPhases == kBothPhases && item.phase == scheduler::kGateUpItems) {
             sync_multipliers();
             if (threadIdx.x == 0) {
                 ptx::add_release_gpu(shared.expert_done + item.work.expert, halved ? 1 : 2);
-                TRACE(trace(seq, 7, now());)
             }
         }
     }
@@ -639,20 +571,19 @@ __device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& gate_up, c
     WgmmaShared<Shape>& shared =
         *reinterpret_cast<WgmmaShared<Shape>*>(wgmma_rings + kWgmmaRingBytes<Shape>);
     Rings<Shape> rings;
-    TRACE(if (threadIdx.x == 256) { for (int i = 1; i < 32; i++) g_trace[blockIdx.x % 132][i][11] = 99; trace(0, 0, now()); })
     rings.weights = ptx::shared_address(wgmma_rings);
-    rings.few = false;
+    rings.tokens = rings.weights + Shape::kWeightStages * kTileBytes;
     rings.weights_ready = ptx::shared_address(shared.weights_ready);
     rings.weights_free = ptx::shared_address(shared.weights_free);
     rings.tokens_ready = ptx::shared_address(shared.tokens_ready);
     rings.tokens_free = ptx::shared_address(shared.tokens_free);
     rings.item_ready = ptx::shared_address(shared.item_ready);
     if (threadIdx.x == kWgmmaThreads - 1) {
-        for (int i = 0; i < kMostWeightStages<Shape>; i++) {
+        for (int i = 0; i < Shape::kWeightStages; i++) {
             ptx::mbarrier_init(barrier_at(rings.weights_ready, i), 1);
             ptx::mbarrier_init(barrier_at(rings.weights_free, i), kMultiplyThreads / 32);
         }
-        for (int i = 0; i < kMostTokenSlots<Shape>; i++) {
+        for (int i = 0; i < Shape::kTokenSlots; i++) {
             ptx::mbarrier_init(barrier_at(rings.tokens_ready, i), kGatherThreads);
             ptx::mbarrier_init(barrier_at(rings.tokens_free, i), kMultiplyThreads / 32);
         }
@@ -675,36 +606,29 @@ __device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& gate_up, c
         const GemmOperands& any = kPhases == kDownPhase ? down : gate_up;
         const scheduler::Dealing dealing(kPhases & kGateUpPhase ? gate_up.row_tiles : 0,
                                          kPhases & kDownPhase ? down.row_tiles : 0, gridDim.x,
-                                         Shape::kHalvesGateUp && gate_up.k_blocks % 2 == 0,
-                                         Shape::kHalvesDown && down.k_blocks % 2 == 0);
-        // why twice: while the previous grid runs there is time to fetch the instructions that stand
-        // between the counts and the first copy, and they come from memory as the weights do
-#pragma unroll 1
-        for (bool live = kCountsAreFinal;; live = true) {
-            if (!kCountsAreFinal && live) {
-                ptx::wait_for_previous_grid();
-                ptx::allow_next_grid();
-            }
-            TRACE(if (live && thread == 0) trace(0, 1, now());)
-            // why here: the claim is on its way while the list is built
-            uint32_t claim = 0;
-            if (live && thread == 0) {
-                claim = atomicAdd(shared.work + claimed, 1u);
-            }
-            rings.few = shared.experts.build(any.counts, any.experts, thread, live);
-            TRACE(if (live && thread == 0) trace(0, 2, now());)
-            if (thread == 0) {
-                shared.few = rings.few;
-            }
-            if (thread < 32) {
-                stream_weights(shared, rings, scheduler::Items<Shape>(shared.experts, any.experts, dealing),
-                               shared.work + claimed, claim, live);
-            }
+                                         Shape::kHalvesGateUp && gate_up.k_blocks % 2 == 0);
+        // why a second warp does the same, not live: while the previous grid runs there is time to fetch the
+        // instructions that stand between the counts and the first copy, and they come from memory as the
+        // weights do
+        if (thread < 64) {
+            const bool live = thread < 32;
+            // why claimed where down waits for gate_up: a number of the CTA's own would make others wait for
+            // a CTA that has not started. Alone, down must not claim before the previous grid is complete
+            constexpr bool kClaimsFirst = kPhases == kBothPhases;
+            uint32_t number = blockIdx.x;
             if (live) {
-                break;
+                if (!kCountsAreFinal) {
+                    ptx::wait_for_previous_grid();
+                    ptx::allow_next_grid();
+                }
+                // why here: the claim is on its way while the list is built
+                if (kClaimsFirst && thread == 0) {
+                    number = atomicAdd(shared.work + claimed, 1u);
+                }
             }
-            __syncwarp();
-            scheduler::ExpertList<Shape>::sync();
+            shared.experts.build(any.counts, any.experts, live);
+            stream_weights(shared, rings, scheduler::Items<Shape>(shared.experts, any.experts, dealing),
+                           shared.work + claimed, number, kClaimsFirst ? 0 : gridDim.x, live);
         }
         if (thread >= 32) {
             gather_tokens<kPhases>(shared, rings, p, me);

@@ -1,28 +1,16 @@
 // The items (phase, expert, row tile, token block) of one or both masked GEMMs, which CTAs claim one
-// after the other from a counter in device memory. A CTA's first item is its number; each further one is
-// claimed while the weights of the one before are on their way. So CTAs need no estimate of times. An
-// item of the second GEMM waits for items of the first, which all come before it: they are with CTAs that
-// run, or, first items, with CTAs of a lower number, which start earlier than this one unless it has
-// already claimed its second item.
+// after the other from a counter in device memory, the first when the counts are final, each further one
+// while the weights of the one before are on their way. So CTAs need no estimate of times. An item of the
+// second GEMM waits for items of the first, which all come before it: they are with CTAs that run.
 //
 // Order: phase by phase; in a phase, experts with many rows (wide, their tokens take the time) are
 // spread over the first part among those with few (narrow, their weights take the time), so that
 // tensor cores and memory are busy together; otherwise expert by expert, row tile by row tile, token
-// blocks innermost, so that a weight tile is fetched from memory once.
+// blocks innermost, so that a weight tile is fetched from memory once. Of the tiles that full rounds of the
+// grid leave over, as many are halved as there would be idle CTAs.
 #pragma once
 #include "../layout/weight_tiles.cuh"
 #include "masked.cuh"
-
-namespace moe {
-#ifdef MOE_TRACE
-__device__ unsigned long long g_trace[132][32][12];  // TRACE(
-__device__ __forceinline__ void trace(int seq, int event, unsigned long long value) { if (seq < 32 && blockIdx.x < 132) g_trace[blockIdx.x][seq][event] = value; }  // TRACE(
-__device__ __forceinline__ unsigned long long now() { unsigned long long t; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)); return t; }  // TRACE(
-#define TRACE(...) __VA_ARGS__
-#else
-#define TRACE(...)
-#endif
-}
 
 namespace moe::scheduler {
 
@@ -52,15 +40,13 @@ struct Divisor {
 
 // What a kernel's items are dealt by.
 struct Dealing {
-    Divisor tiles[2];  // row tiles of each phase, 0: the kernel has no such phase
-    Divisor grid;      // CTAs
-    bool halves[2];    // whether tiles of a phase may be halved
+    Divisor tiles[2];     // row tiles of each phase, 0: the kernel has no such phase
+    Divisor grid;         // CTAs
+    bool halves_gate_up;  // whether tiles of that phase may be halved
 
-    __device__ __forceinline__ Dealing(int gate_up_tiles, int down_tiles, int grid, bool halves_gate_up, bool halves_down)
-        : tiles{Divisor(gate_up_tiles), Divisor(down_tiles)}, grid(grid), halves{halves_gate_up, halves_down} {}
+    __device__ __forceinline__ Dealing(int gate_up_tiles, int down_tiles, int grid, bool halves_gate_up)
+        : tiles{Divisor(gate_up_tiles), Divisor(down_tiles)}, grid(grid), halves_gate_up(halves_gate_up) {}
 };
-
-constexpr int kListThreads = 128;
 
 // What the items are made of, in shared memory: sums over the experts before each.
 template <class Shape>
@@ -68,7 +54,6 @@ struct ExpertList {
     int32_t rows[kMaxExperts + 1];
     int32_t narrow[kMaxExperts + 1];  // token blocks of narrow experts, one each
     int32_t wide[kMaxExperts + 1];    // token blocks of wide experts
-    int32_t sums[3][kListThreads / 32];
 
     __device__ static bool is_wide(int count) { return count > Shape::kNarrowRows; }
 
@@ -76,31 +61,31 @@ struct ExpertList {
         return (count + Shape::Columns::kMost - 1) / Shape::Columns::kMost;
     }
 
-    // kListThreads threads, numbered; ends with their barrier. Safe for any counts, so that it may
-    // also run on what stands there before the counts do. Whether no expert has more than kFewRows.
-    __device__ __forceinline__ bool build(const int32_t* counts, int experts, int thread, bool live) {
-        const int lane = thread % 32;
-        const int warp = thread / 32;
-        const int each = (experts + kListThreads - 1) / kListThreads;
-        const int begin = min(thread * each, experts);
+    // One warp, converged. Not live: does what it would, but reads no counts and writes nothing.
+    __device__ __forceinline__ void build(const int32_t* counts, int experts, bool live) {
+        const int lane = threadIdx.x % 32;
+        const int each = (experts + 31) / 32;
+        const int begin = min(lane * each, experts);
         const int end = min(begin + each, experts);
+        constexpr int kBatch = 8;  // loads on their way together
         int sum[3] = {0, 0, 0};
-        bool few = true;
 #pragma unroll 1
-        for (int expert = begin; expert < end; expert++) {
-            // why past L1: a grid that started early may have read what stood there before
-#if V_WARM
-            int count = 1;
-            if (live) count = __ldcg(counts + expert); else asm volatile("prefetch.global.L2 [%0];" ::"l"(counts + expert));
-#else
-            const int count = __ldcg(counts + expert);
-#endif
-            TRACE(if (live && thread == 0 && count >= 0) trace(0, 3, now());)
-            rows[expert] = count;
-            few &= count <= Shape::kFewRows;
-            sum[0] += count;
-            sum[1] += count > 0 && !is_wide(count) ? 1 : 0;
-            sum[2] += is_wide(count) ? blocks_of(count) : 0;
+        for (int expert = begin; expert < end; expert += kBatch) {
+            int count[kBatch];
+#pragma unroll
+            for (int i = 0; i < kBatch; i++) {
+                // why past L1: a grid that started early may have read what stood there before
+                count[i] = live && expert + i < end ? __ldcg(counts + expert + i) : 0;
+            }
+#pragma unroll
+            for (int i = 0; i < kBatch; i++) {
+                if (live && expert + i < end) {
+                    rows[expert + i] = count[i];
+                }
+                sum[0] += count[i];
+                sum[1] += count[i] > 0 && !is_wide(count[i]) ? 1 : 0;
+                sum[2] += is_wide(count[i]) ? blocks_of(count[i]) : 0;
+            }
         }
         int before[3];
 #pragma unroll
@@ -111,54 +96,33 @@ struct ExpertList {
                 const int other = __shfl_up_sync(0xffffffffu, scan, offset);
                 scan += lane >= offset ? other : 0;
             }
-            if (lane == 31) {
-                sums[i][warp] = scan;
-            }
             before[i] = scan - sum[i];
         }
-        TRACE(if (live && thread == 0) trace(0, 4, now() + (before[0] < 0));)
-        few = sync_and(few);
-        TRACE(if (live && thread == 0) trace(0, 5, now() + (before[0] < 0));)
-#pragma unroll
-        for (int i = 0; i < 3; i++) {
-            for (int w = 0; w < warp; w++) {
-                before[i] += sums[i][w];
-            }
+        if (live && begin < end && end == experts) {
+            rows[experts] = before[0] + sum[0];
+            narrow[experts] = before[1] + sum[1];
+            wide[experts] = before[2] + sum[2];
         }
 #pragma unroll 1
-        for (int expert = begin; expert < end; expert++) {
-            const int count = rows[expert];
-            rows[expert] = before[0];
-            narrow[expert] = before[1];
-            wide[expert] = before[2];
-            before[0] += count;
-            before[1] += count > 0 && !is_wide(count) ? 1 : 0;
-            before[2] += is_wide(count) ? blocks_of(count) : 0;
+        for (int expert = begin; expert < end; expert += kBatch) {
+            int count[kBatch];
+#pragma unroll
+            for (int i = 0; i < kBatch; i++) {
+                count[i] = live && expert + i < end ? rows[expert + i] : 0;
+            }
+#pragma unroll
+            for (int i = 0; i < kBatch; i++) {
+                if (live && expert + i < end) {
+                    rows[expert + i] = before[0];
+                    narrow[expert + i] = before[1];
+                    wide[expert + i] = before[2];
+                }
+                before[0] += count[i];
+                before[1] += count[i] > 0 && !is_wide(count[i]) ? 1 : 0;
+                before[2] += is_wide(count[i]) ? blocks_of(count[i]) : 0;
+            }
         }
-        if (end == experts && begin < end) {
-            rows[experts] = before[0];
-            narrow[experts] = before[1];
-            wide[experts] = before[2];
-        }
-        sync();
-        return few;
-    }
-
-    __device__ static void sync() { asm volatile("bar.sync 3, %0;" ::"n"(kListThreads) : "memory"); }
-
-    __device__ static bool sync_and(bool mine) {
-        uint32_t all;
-        asm volatile(
-            "{\n"
-            ".reg .pred mine, all;\n"
-            "setp.ne.u32 mine, %1, 0;\n"
-            "bar.red.and.pred all, 3, %2, mine;\n"
-            "selp.u32 %0, 1, 0, all;\n"
-            "}\n"
-            : "=r"(all)
-            : "r"(static_cast<uint32_t>(mine)), "n"(kListThreads)
-            : "memory");
-        return all != 0;
+        __syncwarp();
     }
 };
 
@@ -170,16 +134,24 @@ class Items {
         : list_(list), experts_(experts), dealing_(dealing) {
         narrow_ = list.narrow[experts];
         wide_ = list.wide[experts];
-        spread_ = max(wide_, (narrow_ + wide_) / 8 * 7);
-        // why up: so that the last wide unit lies in the spread; in float a division costs little
-        wide_step_ = wide_ == spread_ ? 1ull << 32 : min(1ull << 32, static_cast<unsigned long long>(__fdividef(wide_, spread_) * 4294971392.0f));
         const int units = narrow_ + wide_;
+        const int grid = dealing.grid.divisor;
+        const Divisor first_tiles = dealing.tiles[0].divisor > 0 ? dealing.tiles[0] : dealing.tiles[1];
+        const int rounds = dealing.grid.quotient(units * first_tiles.divisor);  // full ones, of the first phase
+        // why not past them: a wide item takes longer than a narrow one and should not be in the last round
+        const int in_rounds = rounds > 0 ? first_tiles.quotient(rounds * grid) : units;
+        spread_ = max(wide_, min(units / 8 * 7, in_rounds));
+        // why up: so that the last wide unit lies in the spread. In float: a division of 64 bits takes 0.2 us
+        wide_step_ = wide_ == spread_
+                         ? 1u << 31
+                         : min(1u << 31, static_cast<uint32_t>(__fdividef(wide_, spread_) * 2147485696.0f));
 #pragma unroll
         for (int phase = 0; phase < 2; phase++) {
-            const int row_tiles = dealing.tiles[phase].divisor;
-            const int tiles = units * row_tiles;
-            const int narrow_end = (units - (wide_ > 0 ? spread_ : 0)) * row_tiles;
-            const int halved = dealing.halves[phase] ? min(halves_of(tiles), narrow_end) : 0;
+            const int tiles = units * dealing.tiles[phase].divisor;
+            const int left = tiles - dealing.grid.quotient(tiles) * grid;
+            // why none beside wide experts: case 5 of the benchmark was slower with them
+            const bool may_halve = phase == kGateUpItems && dealing.halves_gate_up && wide_ == 0;
+            const int halved = may_halve ? min(left, grid - left) : 0;
             whole_[phase] = tiles - halved;
             items_[phase] = tiles + halved;
         }
@@ -242,16 +214,8 @@ class Items {
     }
 
    private:
-    // How many of a phase's tiles are halved, its last: of the tiles left over after full rounds of the
-    // grid as many as there are CTAs without one.
-    __device__ __forceinline__ int halves_of(int tiles) const {
-        const int grid = dealing_.grid.divisor;
-        const int left = tiles - dealing_.grid.quotient(tiles) * grid;
-        return min(left, grid - left);
-    }
-
     __device__ __forceinline__ int wide_before_of(int number, int spread, int row_tiles) const {
-        return min(wide_ * row_tiles, static_cast<int>((static_cast<uint64_t>(number) * wide_step_) >> 32));
+        return min(wide_ * row_tiles, static_cast<int>((static_cast<uint64_t>(number) * wide_step_) >> 31));
     }
 
     const ExpertList<Shape>& list_;
@@ -262,7 +226,7 @@ class Items {
     int narrow_;  // token blocks
     int wide_;
     int spread_;
-    uint64_t wide_step_;  // wide items an item, in 1 / 2^32
+    uint32_t wide_step_;  // wide items an item, in 1 / 2^31
 };
 
 }  // namespace moe::scheduler
