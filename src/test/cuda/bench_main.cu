@@ -281,7 +281,9 @@ int verify_beside_occupant() {
     int wrong = 0;
     for (const Variant& v : kVariants) {
         if (v.both == nullptr) continue;
-        Bench layers[2] = {{std::vector<int>(40, 5), 1024, 768, 99}, {std::vector<int>(9, 70), 768, 1024, 99}};
+        // Sizes: a gate_up tile for about each CTA of a whole GPU, and more down tiles of experts whose gate_up
+        // tiles lie past half of these than there are CTAs with an SM
+        Bench layers[2] = {{std::vector<int>(8, 3), 5120, 1024, 99}, {std::vector<int>(4, 20), 5120, 2048, 99}};
         std::vector<uint8_t> expected[2];
         for (int i = 0; i < 2; i++) expected[i] = layers[i].outputs(kVariants[0], 0, 0xff);
         for (Bench& layer : layers) layer.poison_outputs(0xff);

@@ -118,7 +118,7 @@ struct LocalRank {
     const float* bias_down;           // or null
 
     uint32_t* work;               // [8] WorkWord counters of the wgmma kernels, zero between kernels
-    uint32_t* expert_done;        // [L] finished gate_up items, zero between kernels
+    uint32_t* expert_done;        // [L] finished halves of gate_up tiles, zero between kernels
 };
 
 // Words of LocalRank::work.
