@@ -191,10 +191,11 @@ struct Bench {
         return a;
     }
 
-    void launch(const Variant& v, void (*kernel)(moe::StepParams), const moe::StepParams& p) {
+    void launch(const Variant& v, void (*kernel)(moe::StepParams), const moe::StepParams& p,
+                cudaStream_t stream = g_stream) {
         cudaLaunchConfig_t c{};
         c.gridDim = dim3(v.ctas_per_sm * g_sms), c.blockDim = dim3(v.threads);
-        c.dynamicSmemBytes = v.shared, c.stream = g_stream;
+        c.dynamicSmemBytes = v.shared, c.stream = stream;
         cudaLaunchAttribute a{};
         a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
         a.val.programmaticStreamSerializationAllowed = 1;
@@ -248,10 +249,18 @@ struct Bench {
     }
 
     std::vector<uint8_t> outputs(const Variant& v, int set, int poison) {
-        CHECK_CUDA(cudaMemsetAsync(activated, poison, activated_bytes, g_stream));
-        CHECK_CUDA(cudaMemsetAsync(expert_out, poison, expert_out_bytes, g_stream));
+        poison_outputs(poison);
         enqueue(v, kChain, set);
         CHECK_CUDA(cudaGetLastError());
+        return read_outputs();
+    }
+
+    void poison_outputs(int poison) {
+        CHECK_CUDA(cudaMemsetAsync(activated, poison, activated_bytes, g_stream));
+        CHECK_CUDA(cudaMemsetAsync(expert_out, poison, expert_out_bytes, g_stream));
+    }
+
+    std::vector<uint8_t> read_outputs() {
         CHECK_CUDA(cudaStreamSynchronize(g_stream));
         std::vector<uint8_t> all(activated_bytes + expert_out_bytes);
         CHECK_CUDA(cudaMemcpy(all.data(), activated, activated_bytes, cudaMemcpyDeviceToHost));
@@ -287,6 +296,59 @@ struct Bench {
         return wrong;
     }
 };
+
+// Takes an SM for each of its CTAs until told to leave, at the latest after bound_ns.
+__global__ void occupy(int* started, volatile int* leave, uint64_t bound_ns) {
+    if (threadIdx.x == 0) {
+        atomicAdd_system(started, 1);
+        const uint64_t start = moe::ptx::globaltimer_ns();
+        while (*leave == 0 && moe::ptx::globaltimer_ns() - start < bound_ns) __nanosleep(1000);
+    }
+}
+
+// Kernels for both products of two layers, on two streams at once, while another kernel keeps half of the SMs:
+// most of their CTAs get none until others have left, so none may wait for one that has not started.
+// The number of kernels that waited for the occupant or whose bits differ.
+int verify_beside_occupant() {
+    const int taken = g_sms / 2, shared = 200 << 10;
+    int* words;  // CTAs started, leave
+    CHECK_CUDA(cudaHostAlloc(&words, 2 * sizeof(int), cudaHostAllocMapped));
+    CHECK_CUDA(cudaFuncSetAttribute(occupy, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    cudaStream_t streams[3];
+    for (cudaStream_t& stream : streams) CHECK_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    int wrong = 0;
+    for (const Variant& v : kVariants) {
+        if (v.both == nullptr) continue;
+        // Sizes: a gate_up tile for about each CTA of a whole GPU, and more down tiles of experts whose gate_up
+        // tiles lie past half of these than there are CTAs with an SM
+        Bench layers[2] = {{std::vector<int>(8, 3), 5120, 1024, 99}, {std::vector<int>(4, 20), 5120, 2048, 99}};
+        std::vector<uint8_t> expected[2];
+        for (int i = 0; i < 2; i++) expected[i] = layers[i].outputs(kVariants[0], 0, 0xff);
+        for (Bench& layer : layers) layer.poison_outputs(0xff);
+        CHECK_CUDA(cudaStreamSynchronize(g_stream));
+        volatile int* seen = words;
+        seen[0] = seen[1] = 0;
+        occupy<<<taken, 32, shared, streams[2]>>>(words, words + 1, 500000000);
+        CHECK_CUDA(cudaGetLastError());
+        while (seen[0] < taken && cudaStreamQuery(streams[2]) == cudaErrorNotReady) {
+        }
+        for (int i = 0; i < 2; i++) layers[i].launch(v, v.both, layers[i].params[0], streams[i]);
+        for (int i = 0; i < 2; i++) CHECK_CUDA(cudaStreamSynchronize(streams[i]));
+        const bool waited = cudaStreamQuery(streams[2]) != cudaErrorNotReady;
+        seen[1] = 1;
+        CHECK_CUDA(cudaStreamSynchronize(streams[2]));
+        bool differ = false;
+        for (int i = 0; i < 2; i++) differ |= layers[i].read_outputs() != expected[i];
+        if (waited || differ) {
+            std::printf("  beside an occupant, %s: %s%s\n", v.name, waited ? "waited for it to leave" : "",
+                        differ ? " DIFFERS" : "");
+            wrong++;
+        }
+    }
+    for (cudaStream_t stream : streams) CHECK_CUDA(cudaStreamDestroy(stream));
+    CHECK_CUDA(cudaFreeHost(words));
+    return wrong;
+}
 
 // Awkward sizes: odd numbers of row tiles, an overhanging last one, one k block, counts around each bound.
 int verify_odd() {
@@ -350,7 +412,7 @@ double dense_tflops(double* ghz) {
 
 void bench_cases(int only, bool verify, bool time) {
     const int n = sizeof(kVariants) / sizeof(kVariants[0]);
-    int wrong = verify && only == 0 ? verify_odd() : 0;
+    int wrong = verify && only == 0 ? verify_odd() + verify_beside_occupant() : 0;
     std::vector<double> log_sum(n, 0.0);
     double best_log = 0;
     int cases = 0;

@@ -1,6 +1,6 @@
 // What the masked GEMMs with mma.sync and wgmma share: operands, and the epilogues, which take the
-// accumulators of 8 warps, warp w with outputs 16w .. 16w + 15 of the tile. Both kernels sum in the
-// same order and end here, so their results agree bit for bit.
+// accumulators of 8 warps, warp w (of the CTA, or as the caller says) with outputs 16w .. 16w + 15 of the
+// tile. Both kernels sum in the same order and end here, so their results agree bit for bit.
 #pragma once
 #include "../common/math.cuh"
 #include "../layout/recv_buffer.cuh"
@@ -124,9 +124,8 @@ struct GateUpEpilogue {
 
     template <int kColumns, int kBlocks>
     __device__ __forceinline__ void store(const GemmOperands& g, const scheduler::Work& work,
-                                          const float (&acc)[kBlocks][4]) const {
+                                          const float (&acc)[kBlocks][4], int warp = threadIdx.x / 32) const {
         const int lane = threadIdx.x % 32;
-        const int warp = threadIdx.x / 32;
         const int packed = work.row_tile * kTileRows + warp * 16 + lane / 4;
         const int feature0 = work.row_tile * (kTileRows / 2) + warp * 8;
         const bool real = feature0 + lane / 4 < g.features;
@@ -159,9 +158,9 @@ struct DownEpilogue {
 
     template <int kColumns, int kBlocks>
     __device__ __forceinline__ void store(const GemmOperands& g, const scheduler::Work& work,
-                                          const float (&acc)[kBlocks][4]) const {
+                                          const float (&acc)[kBlocks][4], int warp = threadIdx.x / 32) const {
         const int lane = threadIdx.x % 32;
-        const int feature0 = work.row_tile * kTileRows + threadIdx.x / 32 * 16;
+        const int feature0 = work.row_tile * kTileRows + warp * 16;
         if (feature0 >= g.out_pitch) {
             return;  // the last tile may overhang the rows by 64
         }

@@ -13,9 +13,9 @@
 // whatever the width and the CTA.
 //
 // Both in one kernel: a down item reads rows of activated that other CTAs write. Each finished gate_up item
-// adds one to its expert's count, with release; who gathers for a down item polls it, with acquire. Weights
-// stream on across that boundary. The poll ends once all CTAs of the grid have had an SM; where another
-// kernel keeps some of them from one for good, its bound ends the step with a fault.
+// adds its halves of a tile to its expert's count, with release; who gathers for a down item polls it, with
+// acquire. Weights stream on across that boundary. Every gate_up item before a claimed down item is with a
+// CTA that runs, so the poll ends however few of the grid's CTAs have an SM; its bound is for faults.
 //
 // Launched with programmatic dependence or without. What does not depend on the previous kernel is
 // done first: the setup; for down alone also counts and weights.
@@ -69,6 +69,7 @@ struct NarrowShape {
     static constexpr int kWeightStages = 7;
     static constexpr int kTokenSlots = 6;
     static constexpr int kSlotBytes = 128 * kRowBytes;
+    static constexpr bool kHalvesGateUp = true;  // tiles of the last round may be halved
 };
 
 // For many items, some of experts with many rows: products so wide that weights are read again less often.
@@ -78,6 +79,7 @@ struct WideShape {
     static constexpr int kWeightStages = 6;
     static constexpr int kTokenSlots = 4;
     static constexpr int kSlotBytes = 224 * kRowBytes;
+    static constexpr bool kHalvesGateUp = false;
 };
 
 // Of the 168 that 384 threads may have each at launch.
@@ -150,11 +152,21 @@ struct Rings {
     uint32_t item_ready;
 };
 
+// Columns that a slot holds of each k block: those of both warpgroups if the item is halved and has more
+// rows than they can share 8 columns for.
+template <class Shape>
+__device__ __forceinline__ int slot_columns(const scheduler::Item& item) {
+    const int rows = item.work.rows;
+    return item.halved && rows > 8 ? 2 * Shape::Columns::columns_for((rows + 1) / 2)
+                                   : Shape::Columns::columns_for(rows);
+}
+
 __device__ __forceinline__ uint32_t barrier_at(uint32_t barriers, int index) {
     return barriers + 8 * index;
 }
 
-// The weights of an item, by one thread, which claims the next item on the way.
+// The weights of an item, by one thread, which claims the next item on the way. A stage holds a k block of
+// a tile, or two of half a tile.
 template <class Shape>
 __device__ __forceinline__ void stream_item(const Rings<Shape>& rings,
                                             RingPosition<Shape::kWeightStages>& stage, const GemmOperands& g,
@@ -162,21 +174,29 @@ __device__ __forceinline__ void stream_item(const Rings<Shape>& rings,
     const uint8_t* tile = reinterpret_cast<const uint8_t*>(
         g.weights + tile_offset(item.work.expert, item.work.row_tile, 0, g.row_tiles, g.k_blocks));
     const uint64_t policy = item.once ? ptx::evict_first() : ptx::evict_normal();
-    const int k_blocks = g.k_blocks;
+    const int stages = item.halved ? g.k_blocks / 2 : g.k_blocks;
+    tile += item.half * (kTileBytes / 2);
     const RingPosition<Shape::kWeightStages> first = stage;
     // why: an item that is not begun may have to wait, and others could begin the next one
-    const bool begun = k_blocks - kClaimAhead >= Shape::kWeightStages;
-    const int claim_at = begun ? k_blocks - kClaimAhead : -1;
+    const bool begun = stages - kClaimAhead >= Shape::kWeightStages;
+    const int claim_at = begun ? stages - kClaimAhead : -1;
 #pragma unroll 1
-    for (int k = 0; k < k_blocks; k++) {
-        if (k == claim_at) {
+    for (int i = 0; i < stages; i++) {
+        if (i == claim_at) {
             claim = atomicAdd(claimed, 1u);
         }
         ptx::mbarrier_wait(barrier_at(rings.weights_free, stage.index), stage.parity ^ 1);
         const uint32_t ready = barrier_at(rings.weights_ready, stage.index);
-        ptx::bulk_copy(rings.weights + stage.index * kTileBytes, tile, kTileBytes, ready, policy);
+        const uint32_t to = rings.weights + stage.index * kTileBytes;
+        if (Shape::kHalvesGateUp && item.halved) {
+            ptx::bulk_copy(to, tile, kTileBytes / 2, ready, policy);
+            ptx::bulk_copy(to + kTileBytes / 2, tile + kTileBytes, kTileBytes / 2, ready, policy);
+            tile += 2 * kTileBytes;
+        } else {
+            ptx::bulk_copy(to, tile, kTileBytes, ready, policy);
+            tile += kTileBytes;
+        }
         ptx::mbarrier_arrive_expect(ready, kTileBytes);
-        tile += kTileBytes;
         stage.step();
     }
     if (!begun) {
@@ -186,61 +206,62 @@ __device__ __forceinline__ void stream_item(const Rings<Shape>& rings,
 }
 
 // Warpgroup 2, warp 0: claims items, lists them for the others and streams their weights. After the
-// last it lists one of no phase. Not live: up to the first item.
+// last it lists one of no phase. number: of the CTA's first item, in lane 0. base: items that are no claim's.
+// Not live: up to the first item.
 template <class Shape>
 __device__ __forceinline__ void stream_weights(WgmmaShared<Shape>& shared, const Rings<Shape>& rings,
                                                const scheduler::Items<Shape>& items, uint32_t* claimed,
-                                               bool live) {
+                                               uint32_t number, uint32_t base, bool live) {
     RingPosition<Shape::kWeightStages> stage;
     RingPosition<kListed> listed;
-    const int total = items.total();
-    int number = blockIdx.x;
+    const uint32_t last = items.total() + gridDim.x - 1;
     while (true) {
-        const scheduler::Item item = items.at(number);
+        if (live && threadIdx.x % 32 == 0 && number == last) {
+            *claimed = 0;  // why: a number for each item and one in vain for each CTA, this was the grid's last
+        }
+        const scheduler::Item item = items.at(static_cast<int>(__shfl_sync(0xffffffffu, number, 0)));
         if (!live) {
             ptx::keep(item.work.expert, item.work.row_tile);
             return;
         }
-        uint32_t claim = 0;
         if (threadIdx.x % 32 == 0) {
             shared.items[listed.index] = item;
             ptx::mbarrier_arrive(barrier_at(rings.item_ready, listed.index));
             listed.step();
             if (item.phase != scheduler::kNoItem) {
+                uint32_t claim = 0;
                 stream_item(rings, stage, shared.operands[item.phase], item, claimed, claim);
-                if (claim + 1 == static_cast<uint32_t>(total)) {
-                    *claimed = 0;  // why: as many claims as items, this was the grid's last
-                }
+                number = base + claim;
             }
         }
         if (item.phase == scheduler::kNoItem) {
             return;
         }
-        number = gridDim.x + static_cast<int>(__shfl_sync(0xffffffffu, claim, 0));
     }
 }
 
-// An expert's rows of activated are complete when all its gate_up items have been counted.
+// An expert's rows of activated are complete when both halves of all its gate_up tiles have been counted.
 template <class Shape>
 __device__ __forceinline__ void wait_for_gate_up(const WgmmaShared<Shape>& shared, const StepParams& p,
                                                  const LocalRank& me, int expert) {
     const scheduler::ExpertList<Shape>& experts = shared.experts;
-    const uint32_t items = static_cast<uint32_t>((experts.narrow[expert + 1] - experts.narrow[expert] +
-                                                  experts.wide[expert + 1] - experts.wide[expert]) *
-                                                 shared.operands[scheduler::kGateUpItems].row_tiles);
+    const int blocks = experts.narrow[expert + 1] - experts.narrow[expert] + experts.wide[expert + 1] -
+                       experts.wide[expert];
+    const uint32_t halves =
+        static_cast<uint32_t>(2 * blocks * shared.operands[scheduler::kGateUpItems].row_tiles);
     const uint32_t* done = shared.expert_done + expert;
-    if (ptx::load_acquire_gpu(done) == items) {
+    if (ptx::load_acquire_gpu(done) == halves) {
         return;
     }
     const uint64_t start = ptx::globaltimer_ns();
     int polls = 0;
     uint32_t seen;
-    while ((seen = ptx::load_acquire_gpu(done)) != items) {
+    while ((seen = ptx::load_acquire_gpu(done)) != halves) {
         if (++polls == kPollsPerClockRead) {
             polls = 0;
             const uint64_t waited = ptx::globaltimer_ns() - start;
             if (waited > p.timeout_ns) {
-                claim_error_record(me, kInternal, kOpExperts, me.rank, items, seen, waited);
+                claim_error_record(me, kInternal, kOpExperts, me.rank, halves, seen, waited);
                 return;
             }
         }
@@ -259,6 +280,9 @@ __device__ __forceinline__ void gather_tokens(WgmmaShared<Shape>& shared, const 
     RingPosition<kListed> listed;
     int which = 0;
     bool waits = kPhases == kDownPhase;
+    if (!waits) {
+        ptx::wait_for_previous_grid();
+    }
     while (true) {
         ptx::mbarrier_wait(barrier_at(rings.item_ready, listed.index), listed.parity);
         const scheduler::Item item = shared.items[listed.index];
@@ -268,7 +292,7 @@ __device__ __forceinline__ void gather_tokens(WgmmaShared<Shape>& shared, const 
         }
         const GemmOperands& g = shared.operands[item.phase];
         const int rows = item.work.rows;
-        const int columns = Shape::Columns::columns_for(rows);
+        const int columns = slot_columns<Shape>(item);
         uint32_t* sources = shared.sources[which];
         which ^= 1;
         for (int row = thread; row < columns; row += kGatherThreads) {
@@ -370,13 +394,21 @@ struct MultiplierPosition {
     int in_slot = 0;  // k blocks of the slot already used
 };
 
-// Barriers of what a k block used: its weight stage and, if it was the last in it, its token slot.
+// What a warpgroup multiplies of an item's tiles.
+struct Share {
+    uint32_t a;            // bytes into a stage where its weights begin
+    uint32_t b;            // bytes into a k block's tokens where its columns begin
+    uint32_t token_bytes;  // of a k block
+    int slot_k_blocks;     // in a slot
+};
+
+// Barriers of what a stage's products used: the stage and, if they were the last in it, a token slot.
 struct Leaving {
-    uint32_t weights_free;  // 0: has left
-    uint32_t tokens_free;   // 0: not the last
+    uint32_t weights_free;
+    uint32_t tokens_free;  // 0: not the last
 
     __device__ __forceinline__ void leave() const {
-        if (threadIdx.x % 32 == 0 && weights_free != 0) {
+        if (threadIdx.x % 32 == 0) {
             ptx::mbarrier_arrive(weights_free);
             if (tokens_free != 0) {
                 ptx::mbarrier_arrive(tokens_free);
@@ -385,7 +417,7 @@ struct Leaving {
     }
 };
 
-// Whether the tiles of the next k block are there.
+// Whether the next stage and its tokens are there.
 template <class Shape>
 __device__ __forceinline__ bool tiles_are_ready(const Rings<Shape>& rings, const MultiplierPosition<Shape>& at) {
     const bool weights = ptx::mbarrier_test(barrier_at(rings.weights_ready, at.weights.index), at.weights.parity);
@@ -395,11 +427,21 @@ __device__ __forceinline__ bool tiles_are_ready(const Rings<Shape>& rings, const
     return weights && tokens;
 }
 
-// Starts the products of a k block, whose tiles are there if ready, else it waits for them.
-template <int kColumns, class Shape>
-__device__ __forceinline__ Leaving multiply_k_block(float (&acc)[kColumns / 8][4],
-                                                    const Rings<Shape>& rings,
-                                                    MultiplierPosition<Shape>& at, bool ready, bool last) {
+// The descriptor, known to be the same in all lanes. why: it stays in uniform registers, where wgmma wants it
+__device__ __forceinline__ uint64_t uniform_descriptor(uint64_t descriptor) {
+    return descriptor >> 32 << 32 | __shfl_sync(0xffffffffu, static_cast<uint32_t>(descriptor), 0);
+}
+
+// The descriptor of what lies so many 16 bytes further on; its high half never changes.
+__device__ __forceinline__ uint64_t further(uint64_t descriptor, uint32_t by) {
+    return descriptor >> 32 << 32 | (static_cast<uint32_t>(descriptor) + by);
+}
+
+// Starts the products of a stage, whose tiles are there if ready, else it waits for them.
+template <int kColumns, int kStageBlocks, class Shape>
+__device__ __forceinline__ Leaving multiply_stage(float (&acc)[kColumns / 8][4], const Rings<Shape>& rings,
+                                                  MultiplierPosition<Shape>& at, const Share& share, bool ready,
+                                                  bool last) {
     if (!ready) {
         ptx::mbarrier_wait(barrier_at(rings.weights_ready, at.weights.index), at.weights.parity);
         if (at.in_slot == 0) {
@@ -410,19 +452,25 @@ __device__ __forceinline__ Leaving multiply_k_block(float (&acc)[kColumns / 8][4
         // why: cp.async wrote through the generic proxy
         ptx::fence_proxy_async();
     }
-    const uint64_t a = ptx::wgmma_descriptor(rings.weights + at.weights.index * kTileBytes +
-                                             threadIdx.x / 128 * (kTileBytes / 2));
-    const uint64_t b = ptx::wgmma_descriptor(rings.tokens + at.tokens.index * Shape::kSlotBytes +
-                                             at.in_slot * (kColumns * kRowBytes));
+    const uint64_t a =
+        uniform_descriptor(ptx::wgmma_descriptor(rings.weights + at.weights.index * kTileBytes + share.a));
+    const uint64_t b = uniform_descriptor(ptx::wgmma_descriptor(
+        rings.tokens + at.tokens.index * Shape::kSlotBytes + at.in_slot * share.token_bytes + share.b));
+    const uint32_t next_b = kStageBlocks == 1 ? 0 : __shfl_sync(0xffffffffu, share.token_bytes >> 4, 0);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kTileCols / 16; step++) {
-        ptx::wgmma_k16(ptx::Columns<kColumns>(), acc, a + 2 * step, b + 2 * step, 1);
+    for (int block = 0; block < kStageBlocks; block++) {
+#pragma unroll
+        for (int step = 0; step < kTileCols / 16; step++) {
+            ptx::wgmma_k16(ptx::Columns<kColumns>(), acc, further(a, block * (kTileBytes / 2 >> 4) + 2 * step),
+                           further(b, block * next_b + 2 * step), 1);
+        }
     }
     ptx::wgmma_commit();
     Leaving leaving = {barrier_at(rings.weights_free, at.weights.index), 0};
     at.weights.step();
-    if (++at.in_slot == k_blocks_of_slot<Shape>(kColumns) || last) {
+    at.in_slot += kStageBlocks;
+    if (at.in_slot == share.slot_k_blocks || last) {
         leaving.tokens_free = barrier_at(rings.tokens_free, at.tokens.index);
         at.tokens.step();
         at.in_slot = 0;
@@ -431,9 +479,9 @@ __device__ __forceinline__ Leaving multiply_k_block(float (&acc)[kColumns / 8][4
 }
 
 // Warpgroups 0 and 1: the products of an item.
-template <int kColumns, class Shape>
+template <int kColumns, int kStageBlocks, class Shape>
 __device__ __forceinline__ void multiply_item(float (&acc)[kColumns / 8][4], const Rings<Shape>& rings,
-                                              MultiplierPosition<Shape>& at, int k_blocks) {
+                                              MultiplierPosition<Shape>& at, const Share& share, int k_blocks) {
 #pragma unroll
     for (int j = 0; j < kColumns / 8; j++) {
 #pragma unroll
@@ -443,14 +491,16 @@ __device__ __forceinline__ void multiply_item(float (&acc)[kColumns / 8][4], con
     }
     pin(acc);
 
-    Leaving leaving = multiply_k_block<kColumns>(acc, rings, at, false, k_blocks == 1);
+    Leaving leaving =
+        multiply_stage<kColumns, kStageBlocks>(acc, rings, at, share, false, k_blocks == kStageBlocks);
 #pragma unroll 1
-    for (int k = 1; k < k_blocks; k++) {
+    for (int k = kStageBlocks; k < k_blocks; k += kStageBlocks) {
         // why before the wait: looking takes as long as the products
         const bool ready = tiles_are_ready(rings, at);
         ptx::wgmma_wait<0>();
         leaving.leave();
-        leaving = multiply_k_block<kColumns>(acc, rings, at, ready, k + 1 == k_blocks);
+        leaving =
+            multiply_stage<kColumns, kStageBlocks>(acc, rings, at, share, ready, k + kStageBlocks == k_blocks);
     }
     ptx::wgmma_wait<0>();
     pin(acc);
@@ -462,6 +512,7 @@ __device__ __forceinline__ void multiply(const WgmmaShared<Shape>& shared, const
                                          const GateUpEpilogue& gate_up, const DownEpilogue& down) {
     MultiplierPosition<Shape> at;
     RingPosition<kListed> listed;
+    const int group = threadIdx.x / 128;
     while (true) {
         ptx::mbarrier_wait(barrier_at(rings.item_ready, listed.index), listed.parity);
         const scheduler::Item& item = shared.items[listed.index];
@@ -470,20 +521,41 @@ __device__ __forceinline__ void multiply(const WgmmaShared<Shape>& shared, const
             break;
         }
         const GemmOperands& g = shared.operands[item.phase];
-        Shape::Columns::dispatch(Shape::Columns::columns_for(item.work.rows), [&](auto width) {
+        const bool halved = Shape::kHalvesGateUp && item.halved;
+        const int columns = slot_columns<Shape>(item);
+        // why not for 8: a wgmma has no fewer columns, and the second warpgroup repeats what the first does
+        const bool shared_columns = halved && columns > 8;
+        scheduler::Work work = item.work;
+        int warp = threadIdx.x / 32;
+        if (halved) {
+            const int skipped = group * (columns > 8 ? columns / 2 : 8);
+            work.first_row += skipped;
+            work.rows -= skipped;
+            warp = warp % 4 + 4 * item.half;
+        }
+        Shape::Columns::dispatch(shared_columns ? columns / 2 : columns, [&](auto width) {
             constexpr int kColumns = decltype(width)::value;
+            Share share;
+            share.a = halved ? 0 : group * (kTileBytes / 2);
+            share.b = shared_columns ? group * (kColumns * kRowBytes) : 0;
+            share.token_bytes = shared_columns ? 2 * kColumns * kRowBytes : kColumns * kRowBytes;
+            share.slot_k_blocks = k_blocks_of_slot<Shape>(shared_columns ? 2 * kColumns : kColumns);
             float acc[kColumns / 8][4];
-            multiply_item<kColumns>(acc, rings, at, g.k_blocks);
-            if (kPhases == kGateUpPhase || (kPhases == kBothPhases && item.phase == scheduler::kGateUpItems)) {
-                gate_up.template store<kColumns>(g, item.work, acc);
+            if (kColumns <= Shape::kNarrowRows / 2 && halved) {
+                multiply_item<kColumns, 2>(acc, rings, at, share, g.k_blocks);
             } else {
-                down.template store<kColumns>(g, item.work, acc);
+                multiply_item<kColumns, 1>(acc, rings, at, share, g.k_blocks);
+            }
+            if (kPhases == kGateUpPhase || (kPhases == kBothPhases && item.phase == scheduler::kGateUpItems)) {
+                gate_up.template store<kColumns>(g, work, acc, warp);
+            } else {
+                down.template store<kColumns>(g, work, acc, warp);
             }
         });
         if (kPhases == kBothPhases && item.phase == scheduler::kGateUpItems) {
             sync_multipliers();
             if (threadIdx.x == 0) {
-                ptx::add_release_gpu(shared.expert_done + item.work.expert, 1);
+                ptx::add_release_gpu(shared.expert_done + item.work.expert, halved ? 1 : 2);
             }
         }
     }
@@ -532,26 +604,31 @@ __device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& gate_up, c
         ptx::give_registers<kProducerRegisters>();
         const int thread = threadIdx.x - kMultiplyThreads;
         const GemmOperands& any = kPhases == kDownPhase ? down : gate_up;
-        const int row_tiles[2] = {kPhases & kGateUpPhase ? gate_up.row_tiles : 0,
-                                  kPhases & kDownPhase ? down.row_tiles : 0};
-        // why twice: while the previous grid runs there is time to fetch the instructions that stand
-        // between the counts and the first copy, and they come from memory as the weights do
-#pragma unroll 1
-        for (bool live = kCountsAreFinal;; live = true) {
-            if (!kCountsAreFinal && live) {
-                ptx::wait_for_previous_grid();
-                ptx::allow_next_grid();
-            }
-            shared.experts.build(any.counts, any.experts, thread);
-            if (thread < 32) {
-                stream_weights(shared, rings, scheduler::Items<Shape>(shared.experts, any.experts, row_tiles),
-                               shared.work + claimed, live);
-            }
+        const scheduler::Dealing dealing(kPhases & kGateUpPhase ? gate_up.row_tiles : 0,
+                                         kPhases & kDownPhase ? down.row_tiles : 0, gridDim.x,
+                                         Shape::kHalvesGateUp && gate_up.k_blocks % 2 == 0);
+        // why a second warp does the same, not live: while the previous grid runs there is time to fetch the
+        // instructions that stand between the counts and the first copy, and they come from memory as the
+        // weights do
+        if (thread < 64) {
+            const bool live = thread < 32;
+            // why claimed where down waits for gate_up: a number of the CTA's own would make others wait for
+            // a CTA that has not started. Alone, down must not claim before the previous grid is complete
+            constexpr bool kClaimsFirst = kPhases == kBothPhases;
+            uint32_t number = blockIdx.x;
             if (live) {
-                break;
+                if (!kCountsAreFinal) {
+                    ptx::wait_for_previous_grid();
+                    ptx::allow_next_grid();
+                }
+                // why here: the claim is on its way while the list is built
+                if (kClaimsFirst && thread == 0) {
+                    number = atomicAdd(shared.work + claimed, 1u);
+                }
             }
-            __syncwarp();
-            scheduler::ExpertList<Shape>::sync();
+            shared.experts.build(any.counts, any.experts, live);
+            stream_weights(shared, rings, scheduler::Items<Shape>(shared.experts, any.experts, dealing),
+                           shared.work + claimed, number, kClaimsFirst ? 0 : gridDim.x, live);
         }
         if (thread >= 32) {
             gather_tokens<kPhases>(shared, rings, p, me);

@@ -140,7 +140,7 @@ struct LocalRank {
     const float* bias_down;           // or null
 
     uint32_t* work;               // [8] WorkWord counters of the wgmma kernels, zero between kernels
-    uint32_t* expert_done;        // [L] finished gate_up items, zero between kernels
+    uint32_t* expert_done;        // [L] finished halves of gate_up tiles, zero between kernels
 
     uint64_t* members;            // [1] device; bit r: rank r takes part. The host writes it between steps
     PeerStats* stats;             // [R] pinned

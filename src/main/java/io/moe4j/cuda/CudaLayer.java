@@ -980,9 +980,8 @@ final class CudaLayer implements MoeLayer {
     private static String describe(LayerFault fault) {
         if (fault.operation().equals("experts")) {
             return String.format(
-                    "experts on rank %d %s: after %.1f ms %d of an expert's %d items were finished;"
-                            + " the last valid epoch is %d; run the experts of two layers on one"
-                            + " stream, or one after the other",
+                    "experts on rank %d %s: after %.1f ms %d of an expert's %d half tiles were"
+                            + " finished; the last valid epoch is %d",
                     fault.rank(),
                     fault.cause(),
                     fault.waitedNs() / 1e6,

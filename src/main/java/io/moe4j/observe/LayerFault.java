@@ -9,8 +9,8 @@ package io.moe4j.observe;
  * @param peer the rank it waited for; its own for experts
  * @param cause what happened, as in "timed out"
  * @param waitedNs how long it waited
- * @param epochExpected the epoch it waited for; for experts the items of an expert
- * @param epochSeen the epoch it saw; for experts the items that were finished
+ * @param epochExpected the epoch it waited for; for experts the half tiles of an expert
+ * @param epochSeen the epoch it saw; for experts the half tiles that were finished
  * @param validEpoch the last epoch of the handle with a valid output
  */
 public record LayerFault(

@@ -256,9 +256,8 @@ class ObserveRecordingTest {
                     .isInstanceOf(MoeFaultException.class)
                     .hasMessage(
                             "experts on rank 1 waited for its own gate and up products: after 2000.5"
-                                    + " ms 6 of an expert's 7 items were finished; the last valid"
-                                    + " epoch is 5; run the experts of two layers on one stream, or"
-                                    + " one after the other");
+                                    + " ms 6 of an expert's 7 half tiles were finished; the last"
+                                    + " valid epoch is 5");
         }
     }
 
