@@ -54,6 +54,8 @@ const Variant kVariants[] = {
     {"wide+pdl", moe_gate_up_wgmma, moe_down_wgmma, moe_experts_wgmma_wide, moe::kWgmmaThreads, kWideShared, 1, true},
     {"prefill", moe_gate_up_wgmma_prefill, moe_down_wgmma_prefill, nullptr, moe::prefill::kThreads,
      moe::prefill::kSharedBytes, 1, false},
+    {"prefill2+pdl", moe_gate_up_wgmma_prefill, moe_down_wgmma_prefill, moe_experts_wgmma_prefill,
+     moe::prefill::kThreads, moe::prefill::kSharedBytes, 1, true},
     {"prefill+pdl", moe_gate_up_wgmma_prefill, moe_down_wgmma_prefill, nullptr, moe::prefill::kThreads,
      moe::prefill::kSharedBytes, 1, true},
 };

@@ -1,5 +1,5 @@
 // The masked grouped GEMM with wgmma for prefill, where experts have hundreds of rows and more:
-// out[row] = epilogue(W[expert of row] . in[row]).
+// out[row] = epilogue(W[expert of row] . in[row]), for gate_up, for down, or for both in one kernel.
 //
 // Two CTAs form a cluster and share weights: a tile of theirs is 256 outputs x up to 2 x 152 tokens
 // of an expert, half the tokens each. Per k block of 64 a CTA fetches one of the two 16 KiB weight
@@ -11,11 +11,18 @@
 //                warp 3   deals: which tiles this cluster works on
 //   stage_ready, stage_free   barriers of a stage: all bytes landed; both CTAs' multipliers have left
 //   tile_ready, tile_free     the same of a listed tile
+//   claim_due                 of CTA 0: a tile nears its end, the next may be claimed
+//   claim_ready, claim_free   of CTA 1's copy of a claim: it is there; of CTA 0: CTA 1 has read it
 // Of a warpgroup's 128 rows of weights a warp takes 32 neighbouring ones (a wgmma takes every second
 // group of 8), which are turned in shared memory and stored as 32 or 64 bytes of a row.
 //
+// Clusters claim tiles one after the other from a counter in device memory, so one that is late takes
+// fewer. Both in one kernel: a down tile reads rows of activated that others write. Of each finished
+// gate_up tile, every CTA adds one to the expert's count, with release; who gathers for a down tile polls
+// it, with acquire. All tiles it waits for were claimed before it, by clusters that run.
+//
 // Each output is one accumulator over ascending k, 16 at a time, so the bits are those of
-// masked_gemm.cuh. Launched with programmatic dependence or without, as masked_gemm_wgmma.cuh.
+// masked_gemm.cuh. Launched with programmatic dependence or without.
 // gridDim.x is even.
 #pragma once
 #include "../ptx/bulk_copy.cuh"
@@ -26,6 +33,7 @@
 #include "../ptx/registers.cuh"
 #include "../ptx/stmatrix.cuh"
 #include "../ptx/wgmma.cuh"
+#include "await_rows.cuh"
 #include "gemm_epilogue.cuh"
 
 namespace moe::prefill {
@@ -40,7 +48,10 @@ constexpr int kClusterCtas = 2;
 #else
 #define MOE_IN_PAIRS __cluster_dims__(moe::prefill::kClusterCtas, 1, 1)
 #endif
-constexpr int kListedTiles = 4;
+// The tile in work and the next.
+constexpr int kListedTiles = 2;
+// k blocks before the last of a tile is fetched at which the next is claimed.
+constexpr int kClaimAhead = 6;
 
 // Of the 168 that 384 threads may have each at launch.
 constexpr int kMultiplierRegisters = 216;
@@ -67,12 +78,16 @@ __device__ __forceinline__ constexpr int columns_for(int width) {
 
 // What a cluster works on: packed token rows first_row .. first_row + rows - 1 of an expert, of
 // which CTA 0 takes the first `width` and CTA 1 the rest, and two row tiles.
+enum Phase { kGateUp = 0, kDown = 1, kNoPhase = 2 };
+
 struct Tile {
+    int phase;      // kNoPhase: there are no more tiles
     int expert;
     int row_tile;   // the first, even
     int first_row;
     int rows;
-    int width;      // 0: there are no more tiles
+    int width;
+    uint32_t after; // how often its expert must have been counted before its rows are there
 };
 
 struct Shared {
@@ -80,8 +95,15 @@ struct Shared {
     uint64_t stage_free[kStages];
     uint64_t tile_ready[kListedTiles];
     uint64_t tile_free[kListedTiles];
+    uint64_t claim_due;
+    uint64_t claim_ready;
+    uint64_t claim_free;
     Tile tiles[kListedTiles];
-    GemmOperands operands;
+    GemmOperands operands[2];  // of gate_up, of down
+    // why here: the rank's record is in device memory, and its lines do not stay in L1
+    uint32_t* work;
+    uint32_t* expert_done;
+    uint32_t claim;
 };
 static_assert(sizeof(Shared) <= kExtraBytes, "barriers lie behind the rings");
 
@@ -107,6 +129,10 @@ struct Addresses {
     uint32_t stage_free;
     uint32_t tile_ready;
     uint32_t tile_free;
+    uint32_t claim_due;
+    uint32_t claim_ready;
+    uint32_t claim_free;
+    uint32_t claim;
 
     __device__ __forceinline__ uint32_t weights(int stage) const {
         return ring + stage * kWeightBytes;
@@ -120,77 +146,172 @@ __device__ __forceinline__ uint32_t barrier_at(uint32_t barriers, int index) {
     return barriers + 8 * index;
 }
 
-// Warp 3 of warpgroup 2. Tiles are numbered expert by expert, within an expert by pairs of row
-// tiles, within a pair by blocks of tokens, and dealt to the clusters in turn. The tokens of an
+// The tiles by ascending number, for one warp: phase by phase; in a phase, first the experts with more
+// than one block of tokens, which take longest, so that the last tiles to start are short; then expert
+// by expert, within an expert by pairs of row tiles, within a pair by blocks of tokens. The tokens of an
 // expert fall into blocks of 16 a unit, as equal as can be.
-__device__ __forceinline__ void deal_tiles(Shared& shared, const Addresses& at) {
-    const int lane = threadIdx.x % 32;
-    const int* counts = shared.operands.counts;
-    const int* offsets = shared.operands.offsets;
-    const int experts = shared.operands.experts;
-    const int pairs = (shared.operands.row_tiles + 1) / 2;
-    const int step = gridDim.x / kClusterCtas;
-    int number = blockIdx.x / kClusterCtas;  // of the next tile, from the first of the group of experts
+template <int kFirstPhase, int kLastPhase>
+class Tiles {
+   public:
+    __device__ __forceinline__ explicit Tiles(const Shared& shared) : shared_(shared) { read_group(); }
 
-    Position<kListedTiles> slot;
-    int group = 0;  // of 32 experts
-    int rows, first_row, end = 0;  // of the lane's expert
-    bool listed = true;
-    while (listed) {
-        // The group of experts that has the tile
-        int tiles = 0, units = 0, blocks = 0;
+    // The lane that knows the tile writes it to `to`; without one, lane 0. All lanes get its phase and
+    // expert. Numbers ascend from call to call.
+    __device__ __forceinline__ void find(int number, Tile& to, int& phase, int& expert) {
         for (;;) {
-            const int expert = group + lane;
-            rows = expert < experts ? max(counts[expert], 0) : 0;
-            first_row = rows > 0 && offsets != nullptr ? offsets[expert] : 0;
-            units = (rows + 15) / 16;
-            blocks = (units + kBlocks - 1) / kBlocks;
-            tiles = blocks * pairs;
-            end = tiles;
-#pragma unroll
-            for (int offset = 1; offset < 32; offset *= 2) {
-                const int other = __shfl_up_sync(0xffffffffu, end, offset);
-                end += lane >= offset ? other : 0;
-            }
-            const int all = __shfl_sync(0xffffffffu, end, 31);
-            if (number < all || group + 32 >= experts) {
-                break;
-            }
-            number -= all;
-            group += 32;
-        }
-        // Its tiles
-        for (;;) {
-            const unsigned after = __ballot_sync(0xffffffffu, number < end);
-            if (after == 0 && group + 32 < experts) {
-                break;
-            }
-            listed = after != 0;
-            ptx::mbarrier_wait(barrier_at(at.tile_free, slot.index), slot.parity ^ 1);
-            if (lane == (listed ? __ffs(after) - 1 : 0)) {
-                Tile tile = {0, 0, 0, 0, 0};
-                if (listed) {
-                    const int within = number - (end - tiles);
-                    const int pair = within / blocks;
-                    const int block = within - pair * blocks;
-                    // why: 64-bit, blocks times units
-                    const int unit = static_cast<int>(static_cast<int64_t>(block) * units / blocks);
-                    const int next = static_cast<int>((block + 1ll) * units / blocks);
-                    tile.expert = group + lane;
-                    tile.row_tile = 2 * pair;
-                    tile.first_row = first_row + 16 * unit;
-                    tile.width = 8 * (next - unit);
-                    tile.rows = min(2 * tile.width, rows - 16 * unit);
+            const unsigned after = phase_ == kNoPhase ? 0 : __ballot_sync(0xffffffffu, number - before_ < end_);
+            if (after != 0) {
+                const int lane = __ffs(after) - 1;
+                if (threadIdx.x % 32 == lane) {
+                    to = tile(number - before_ - (end_ - tiles_));
                 }
-                shared.tiles[slot.index] = tile;
-                ptx::mbarrier_arrive(barrier_at(at.tile_ready, slot.index));
+                phase = phase_;
+                expert = group_ + lane;
+                return;
             }
-            __syncwarp();
-            slot.step();
-            if (!listed) {
+            if (phase_ == kNoPhase) {
                 break;
             }
-            number += step;
+            before_ += __shfl_sync(0xffffffffu, end_, 31);
+            group_ += 32;
+            if (group_ >= shared_.operands[phase_].experts) {
+                group_ = 0;
+                phase_ += large_ ? 0 : 1;
+                large_ = !large_;
+                if (phase_ > kLastPhase) {
+                    phase_ = kNoPhase;
+                }
+            }
+            if (phase_ != kNoPhase) {
+                read_group();
+            }
+        }
+        phase = kNoPhase;
+        expert = 0;
+        if (threadIdx.x % 32 == 0) {
+            to.phase = kNoPhase;
+        }
+    }
+
+    // Once there are no more.
+    __device__ __forceinline__ int total() const { return before_; }
+
+   private:
+    __device__ __forceinline__ int pairs(int phase) const {
+        return (shared_.operands[phase].row_tiles + 1) / 2;
+    }
+
+    __device__ __forceinline__ void read_group() {
+        const GemmOperands& g = shared_.operands[phase_];
+        const int lane = threadIdx.x % 32;
+        const int expert = group_ + lane;
+        rows_ = expert < g.experts ? max(g.counts[expert], 0) : 0;
+        const int units = (rows_ + 15) / 16;
+        blocks_ = (units + kBlocks - 1) / kBlocks;
+        tiles_ = (blocks_ > 1) == large_ ? blocks_ * pairs(phase_) : 0;
+        end_ = tiles_;
+#pragma unroll
+        for (int offset = 1; offset < 32; offset *= 2) {
+            const int other = __shfl_up_sync(0xffffffffu, end_, offset);
+            end_ += lane >= offset ? other : 0;
+        }
+    }
+
+    __device__ __forceinline__ Tile tile(int within) const {
+        const GemmOperands& g = shared_.operands[phase_];
+        const int expert = group_ + threadIdx.x % 32;
+        const int units = (rows_ + 15) / 16;
+        const int pair = within / blocks_;
+        const int block = within - pair * blocks_;
+        // why: 64-bit, blocks times units
+        const int unit = static_cast<int>(static_cast<int64_t>(block) * units / blocks_);
+        const int next = static_cast<int>((block + 1ll) * units / blocks_);
+        Tile tile;
+        tile.phase = phase_;
+        tile.expert = expert;
+        tile.row_tile = 2 * pair;
+        tile.first_row = (g.offsets != nullptr ? g.offsets[expert] : 0) + 16 * unit;
+        tile.width = 8 * (next - unit);
+        tile.rows = min(2 * tile.width, rows_ - 16 * unit);
+        tile.after = kFirstPhase == kGateUp && phase_ == kDown ? blocks_ * pairs(kGateUp) * kClusterCtas : 0;
+        return tile;
+    }
+
+    const Shared& shared_;
+    int phase_ = kFirstPhase;
+    bool large_ = true;
+    int group_ = 0;   // of 32 experts
+    int before_ = 0;  // tiles before the group
+    int rows_, blocks_, tiles_, end_;  // of the lane's expert; tiles to its end
+};
+
+// Warp 3 of warpgroup 2. CTA 0 claims tiles and tells CTA 1; each lists them for itself, and counts the
+// gate_up tiles that it has finished.
+template <int kFirstPhase, int kLastPhase>
+__device__ __forceinline__ void deal_tiles(Shared& shared, const Addresses& at, WorkWord claimed) {
+    const int lane = threadIdx.x % 32;
+    const int rank = ptx::cluster_rank();
+    Tiles<kFirstPhase, kLastPhase> tiles(shared);
+    Position<kListedTiles> slot;
+    Position<1> turn;
+    int phase = kNoPhase, expert = 0;  // of the tile in work
+    for (bool first = true;; first = false) {
+        uint32_t claim = 0;
+        if (lane == 0) {
+            if (rank == 0) {
+                if (!first) {
+                    ptx::mbarrier_wait(at.claim_due, turn.parity ^ 1);
+                }
+                claim = atomicAdd(shared.work + claimed, 1u);
+                ptx::mbarrier_wait(at.claim_free, turn.parity ^ 1);
+                ptx::store_async_at(at.claim, claim, at.claim_ready, 1);
+            } else {
+                ptx::mbarrier_wait_cluster(at.claim_ready, turn.parity);
+                claim = *static_cast<volatile uint32_t*>(&shared.claim);
+                ptx::mbarrier_arrive_expect(at.claim_ready, sizeof(claim));
+                ptx::mbarrier_arrive_at(at.claim_free, 0);
+            }
+        }
+        turn.step();
+        claim = __shfl_sync(0xffffffffu, claim, 0);
+        int next_phase, next_expert;
+        // why the slot is free: the tile before the one in work has been waited for below
+        tiles.find(static_cast<int>(claim), shared.tiles[slot.index], next_phase, next_expert);
+        __syncwarp();
+        if (lane == 0) {
+            ptx::mbarrier_arrive(barrier_at(at.tile_ready, slot.index));
+        }
+        slot.step();
+        if (!first) {
+            // The other slot's
+            ptx::mbarrier_wait(barrier_at(at.tile_free, slot.index), slot.parity ^ 1);
+            if (kFirstPhase != kLastPhase && phase == kGateUp && lane == 0) {
+                ptx::add_release_gpu(shared.expert_done + expert, 1);
+            }
+        }
+        phase = next_phase;
+        expert = next_expert;
+        if (phase == kNoPhase) {
+            const uint32_t clusters = gridDim.x / kClusterCtas;
+            if (rank == 0 && lane == 0 && claim + 1 == static_cast<uint32_t>(tiles.total()) + clusters) {
+                shared.work[claimed] = 0;  // why: a claim for each tile and each cluster, the last
+            }
+            break;
+        }
+    }
+    if (kFirstPhase != kLastPhase) {
+        // The last CTA that waits for no more gate_up tiles clears their counts
+        uint32_t finished = 0;
+        if (lane == 0) {
+            finished = atomicAdd(shared.work + kFinished, 1u);
+        }
+        if (__shfl_sync(0xffffffffu, finished, 0) == gridDim.x - 1) {
+            for (int e = lane; e < shared.operands[0].experts; e += 32) {
+                shared.expert_done[e] = 0;
+            }
+            if (lane == 0) {
+                shared.work[kFinished] = 0;
+            }
         }
     }
 }
@@ -217,16 +338,17 @@ constexpr int kTileReaders = kMultiplyThreads / 32 + 1 + kGatherThreads / 32;
 
 // Warpgroup 2, one thread: this CTA's half of the weights, for the cluster.
 __device__ __forceinline__ void stream_weights(Shared& shared, const Addresses& at) {
-    const GemmOperands& g = shared.operands;
     const int rank = ptx::cluster_rank();
-    const int k_blocks = g.k_blocks;
     TileList list(shared, at);
     Position<kStages> stage;
     for (;;) {
         const Tile& tile = list.wait();
-        if (tile.width == 0) {
+        if (tile.phase == kNoPhase) {
             return;
         }
+        const GemmOperands& g = shared.operands[tile.phase];
+        const int k_blocks = g.k_blocks;
+        const int claim_at = max(k_blocks - kClaimAhead, 0);
         // why: where row tiles are odd the last pair has one, which then comes twice
         const int row_tile = min(tile.row_tile + rank, g.row_tiles - 1);
         const uint8_t* from = reinterpret_cast<const uint8_t*>(
@@ -241,28 +363,31 @@ __device__ __forceinline__ void stream_weights(Shared& shared, const Addresses& 
                                   (1 << kClusterCtas) - 1);
             from += kTileBytes;
             stage.step();
+            if (k == claim_at && rank == 0) {
+                ptx::mbarrier_arrive(at.claim_due);
+            }
         }
     }
 }
 
 // Warpgroup 2, warps 1 and 2. A thread copies 16-byte chunk c of rows r, r + 8, .. of each k block.
-template <bool kListed>
-__device__ __forceinline__ void gather_tokens(Shared& shared, const Addresses& at) {
-    const GemmOperands& g = shared.operands;
+__device__ __forceinline__ void gather_tokens(Shared& shared, const Addresses& at, const StepParams& p,
+                                              const LocalRank& me) {
     const int thread = threadIdx.x % 128 - 32;
     const int row0 = thread / 8;
     const int chunk = thread % 8;
     const uint32_t place = swizzled(row0, chunk);
     const int rank = ptx::cluster_rank();
-    const int k_blocks = g.k_blocks;
     TileList list(shared, at);
     Position<kStages> stage;
     for (;;) {
         const Tile& tile = list.wait();
-        const int width = tile.width;
-        if (width == 0) {
+        if (tile.phase == kNoPhase) {
             return;
         }
+        const GemmOperands& g = shared.operands[tile.phase];
+        const int k_blocks = g.k_blocks;
+        const int width = tile.width;
         const int last = tile.first_row + tile.rows - 1;
         const int row = tile.first_row + rank * width + row0;
         const uint32_t pitch = k_blocks * 8;
@@ -273,7 +398,10 @@ __device__ __forceinline__ void gather_tokens(Shared& shared, const Addresses& a
         for (int i = 0; i < kBlocks; i++) {
             // why: a copy of the last row is cheaper than a branch; its products are not stored
             const int packed = min(row + 8 * i, last);
-            source[i] = (kListed ? gather[packed] : packed) * pitch + chunk;
+            source[i] = (gather != nullptr ? gather[packed] : packed) * pitch + chunk;
+        }
+        if (tile.after != 0 && threadIdx.x % 32 == 0) {
+            await_rows(shared.expert_done + tile.expert, tile.after, p, me);
         }
         __syncwarp();
         if (threadIdx.x % 32 == 0) {
@@ -526,12 +654,10 @@ __device__ __forceinline__ void pin(float (&acc)[2][kBlocks][4]) {
 
 // Warpgroups 0 and 1. The accumulators are one array for all widths, so that there is one epilogue:
 // the code of one for each would not stay in the instruction cache.
-template <class Epilogue>
-__device__ __forceinline__ void multiply(Shared& shared, const Addresses& at,
-                                         const Epilogue& epilogue) {
-    const GemmOperands& g = shared.operands;
+template <int kFirstPhase, int kLastPhase>
+__device__ __forceinline__ void multiply(Shared& shared, const Addresses& at, const GateUpEpilogue& gate_up,
+                                         const DownEpilogue& down) {
     const int rank = ptx::cluster_rank();
-    const int k_blocks = g.k_blocks;
     const uint32_t turn = at.turn + threadIdx.x / 32 * kTurnBytes;
     TileList list(shared, at);
     Position<kStages> stage;
@@ -549,9 +675,11 @@ __device__ __forceinline__ void multiply(Shared& shared, const Addresses& at,
 #pragma unroll 1
     for (;;) {
         const Tile& tile = list.wait();
-        if (tile.width == 0) {
+        if (tile.phase == kNoPhase) {
             return;
         }
+        const GemmOperands& g = shared.operands[tile.phase];
+        const int k_blocks = g.k_blocks;
         pin(acc);
         switch (columns_for(tile.width)) {
             case 8: multiply_tile<8>(acc, at, stage, k_blocks); break;
@@ -572,7 +700,11 @@ __device__ __forceinline__ void multiply(Shared& shared, const Addresses& at,
         pin(acc);
         const int row_tile = tile.row_tile + threadIdx.x / 128;
         if (row_tile < g.row_tiles) {
-            store(epilogue, g, tile, row_tile, rank, turn, acc);
+            if (kLastPhase == kGateUp || (kFirstPhase == kGateUp && tile.phase == kGateUp)) {
+                store(gate_up, g, tile, row_tile, rank, turn, acc);
+            } else {
+                store(down, g, tile, row_tile, rank, turn, acc);
+            }
         }
         __syncwarp();
         if (threadIdx.x % 32 == 0) {
@@ -582,8 +714,10 @@ __device__ __forceinline__ void multiply(Shared& shared, const Addresses& at,
     }
 }
 
-template <bool kCountsAreFinal, class Epilogue>
-__device__ __forceinline__ void masked_gemm(const GemmOperands& operands, const Epilogue& epilogue) {
+// claimed: the counter of this kernel's tiles.
+template <int kFirstPhase, int kLastPhase>
+__device__ __forceinline__ void masked_gemm(const GemmOperands& gate_up, const GemmOperands& down,
+                                            const StepParams& p, const LocalRank& me, WorkWord claimed) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(1024) uint8_t prefill_ring[];
     Shared& shared = *reinterpret_cast<Shared*>(prefill_ring + kSharedBytes - kExtraBytes);
@@ -594,6 +728,10 @@ __device__ __forceinline__ void masked_gemm(const GemmOperands& operands, const 
     at.stage_free = ptx::shared_address(shared.stage_free);
     at.tile_ready = ptx::shared_address(shared.tile_ready);
     at.tile_free = ptx::shared_address(shared.tile_free);
+    at.claim_due = ptx::shared_address(&shared.claim_due);
+    at.claim_ready = ptx::shared_address(&shared.claim_ready);
+    at.claim_free = ptx::shared_address(&shared.claim_free);
+    at.claim = ptx::shared_address(&shared.claim);
     if (threadIdx.x == kThreads - 1) {
         for (int i = 0; i < kStages; i++) {
             ptx::mbarrier_init(barrier_at(at.stage_ready, i), 1 + kGatherThreads);
@@ -603,14 +741,19 @@ __device__ __forceinline__ void masked_gemm(const GemmOperands& operands, const 
             ptx::mbarrier_init(barrier_at(at.tile_ready, i), 1);
             ptx::mbarrier_init(barrier_at(at.tile_free, i), kTileReaders);
         }
+        ptx::mbarrier_init(at.claim_due, 1);
+        ptx::mbarrier_init(at.claim_ready, 1);
+        ptx::mbarrier_init(at.claim_free, 1);
         ptx::fence_mbarrier_init();
-        shared.operands = operands;
+        ptx::mbarrier_arrive_expect(at.claim_ready, sizeof(shared.claim));
+        shared.operands[kGateUp] = gate_up;
+        shared.operands[kDown] = down;
+        shared.work = me.work;
+        shared.expert_done = me.expert_done;
     }
     ptx::cluster_sync();
-    if constexpr (!kCountsAreFinal) {
-        ptx::wait_for_previous_grid();
-        ptx::allow_next_grid();
-    }
+    ptx::wait_for_previous_grid();
+    ptx::allow_next_grid();
 
     if (threadIdx.x >= kMultiplyThreads) {
         ptx::give_registers<kProducerRegisters>();
@@ -620,17 +763,14 @@ __device__ __forceinline__ void masked_gemm(const GemmOperands& operands, const 
                 stream_weights(shared, at);
             }
         } else if (warp == 3) {
-            deal_tiles(shared, at);
+            deal_tiles<kFirstPhase, kLastPhase>(shared, at, claimed);
         } else {
-            if constexpr (kCountsAreFinal) {
-                ptx::wait_for_previous_grid();
-                ptx::allow_next_grid();
-            }
-            gather_tokens<!kCountsAreFinal>(shared, at);
+            gather_tokens(shared, at, p, me);
         }
     } else {
         ptx::take_registers<kMultiplierRegisters>();
-        multiply(shared, at, epilogue);
+        multiply<kFirstPhase, kLastPhase>(shared, at, GateUpEpilogue{Activation(p.activation, p.alpha, p.limit)},
+                                          DownEpilogue{});
     }
     // why: the other CTA may still arrive at barriers of this one
     __syncwarp();
