@@ -25,6 +25,9 @@
 // masked_gemm.cuh. Launched with programmatic dependence or without.
 // gridDim.x is even.
 #pragma once
+#include <type_traits>
+#include <utility>
+
 #include "../ptx/bulk_copy.cuh"
 #include "../ptx/cluster.cuh"
 #include "../ptx/cp_async.cuh"
@@ -71,13 +74,21 @@ constexpr int kExtraBytes = 1024;
 constexpr int kSharedBytes = kRingBytes + kMultiplyThreads / 32 * kTurnBytes + kExtraBytes;
 static_assert(kSharedBytes <= 227 * 1024, "one CTA fits an SM of sm_90");
 
-// The wgmma width for so many token columns, a multiple of 8.
-__device__ __forceinline__ constexpr int columns_for(int width) {
-    return width <= 16 || width >= 96 ? width : (width + 15) / 16 * 16;
+// Tokens of an expert up to which the CTAs of a cluster multiply a row tile each, with all its tokens.
+#ifndef MOE_MOST_APART
+#define MOE_MOST_APART 152
+#endif
+constexpr int kMostApart = MOE_MOST_APART;
+static_assert(kMostApart <= kMaxColumns, "all tokens of a tile apart are columns of a CTA");
+
+// k blocks in a stage of such a tile: two, if the tokens of both fit.
+__device__ __forceinline__ constexpr int k_blocks_of_stage(int columns) {
+    return 2 * columns * kRowBytes <= kTokenBytes ? 2 : 1;
 }
 
-// What a cluster works on: packed token rows first_row .. first_row + rows - 1 of an expert, of
-// which CTA 0 takes the first `width` and CTA 1 the rest, and two row tiles.
+// What a cluster works on: packed token rows first_row .. first_row + rows - 1 of an expert, and two row
+// tiles. Together, CTA 0 takes the first `width` rows and CTA 1 the rest; apart, CTA 0 takes the first
+// row tile and CTA 1 the second.
 enum Phase { kGateUp = 0, kDown = 1, kNoPhase = 2 };
 
 struct Tile {
@@ -86,7 +97,8 @@ struct Tile {
     int row_tile;   // the first, even
     int first_row;
     int rows;
-    int width;
+    int width;      // of a CTA, a multiple of 8
+    bool apart;
     uint32_t after; // how often its expert must have been counted before its rows are there
 };
 
@@ -231,7 +243,9 @@ class Tiles {
         tile.expert = expert;
         tile.row_tile = 2 * pair;
         tile.first_row = (g.offsets != nullptr ? g.offsets[expert] : 0) + 16 * unit;
-        tile.width = 8 * (next - unit);
+        // why apart: few tokens take less than their weights, and these then enter one CTA, not two
+        tile.apart = rows_ <= kMostApart;
+        tile.width = tile.apart ? (rows_ + 7) / 8 * 8 : 8 * (next - unit);
         tile.rows = min(2 * tile.width, rows_ - 16 * unit);
         tile.after = kFirstPhase == kGateUp && phase_ == kDown ? blocks_ * pairs(kGateUp) * kClusterCtas : 0;
         return tile;
@@ -339,6 +353,7 @@ constexpr int kTileReaders = kMultiplyThreads / 32 + 1 + kGatherThreads / 32;
 // Warpgroup 2, one thread: this CTA's half of the weights, for the cluster.
 __device__ __forceinline__ void stream_weights(Shared& shared, const Addresses& at) {
     const int rank = ptx::cluster_rank();
+    const uint64_t policy = ptx::evict_first();
     TileList list(shared, at);
     Position<kStages> stage;
     for (;;) {
@@ -353,17 +368,27 @@ __device__ __forceinline__ void stream_weights(Shared& shared, const Addresses& 
         const int row_tile = min(tile.row_tile + rank, g.row_tiles - 1);
         const uint8_t* from = reinterpret_cast<const uint8_t*>(
             g.weights + tile_offset(tile.expert, row_tile, 0, g.row_tiles, k_blocks));
+        const bool apart = tile.apart;
+        const int step = apart ? k_blocks_of_stage(tile.width) : 1;
         list.leave();
+        bool due = rank == 0;
 #pragma unroll 1
-        for (int k = 0; k < k_blocks; k++) {
+        for (int k = 0; k < k_blocks; k += step) {
             ptx::mbarrier_wait(barrier_at(at.stage_free, stage.index), stage.parity ^ 1);
             const uint32_t ready = barrier_at(at.stage_ready, stage.index);
-            ptx::mbarrier_arrive_expect(ready, kWeightBytes);
-            ptx::bulk_copy_to_all(at.weights(stage.index) + rank * kTileBytes, from, kTileBytes, ready,
-                                  (1 << kClusterCtas) - 1);
-            from += kTileBytes;
+            const uint32_t bytes = min(step, k_blocks - k) * kTileBytes;
+            if (apart) {
+                ptx::mbarrier_arrive_expect(ready, bytes);
+                ptx::bulk_copy(at.weights(stage.index), from, bytes, ready, policy);
+            } else {
+                ptx::mbarrier_arrive_expect(ready, kWeightBytes);
+                ptx::bulk_copy_to_all(at.weights(stage.index) + rank * kTileBytes, from, kTileBytes, ready,
+                                      (1 << kClusterCtas) - 1);
+            }
+            from += bytes;
             stage.step();
-            if (k == claim_at && rank == 0) {
+            if (due && k + step > claim_at) {
+                due = false;
                 ptx::mbarrier_arrive(at.claim_due);
             }
         }
@@ -388,8 +413,9 @@ __device__ __forceinline__ void gather_tokens(Shared& shared, const Addresses& a
         const GemmOperands& g = shared.operands[tile.phase];
         const int k_blocks = g.k_blocks;
         const int width = tile.width;
+        const int step = tile.apart ? k_blocks_of_stage(width) : 1;
         const int last = tile.first_row + tile.rows - 1;
-        const int row = tile.first_row + rank * width + row0;
+        const int row = tile.first_row + (tile.apart ? 0 : rank * width) + row0;
         const uint32_t pitch = k_blocks * 8;
         // why: 32 bits of 16-byte chunks reach 64 GiB, and there are many of them
         uint32_t source[kBlocks];
@@ -410,17 +436,21 @@ __device__ __forceinline__ void gather_tokens(Shared& shared, const Addresses& a
         list.slot.step();
         const uint4* in = reinterpret_cast<const uint4*>(g.in);
 #pragma unroll 1
-        for (int k = 0; k < k_blocks; k++) {
+        for (int k = 0; k < k_blocks; k += step) {
             ptx::mbarrier_wait(barrier_at(at.stage_free, stage.index), stage.parity ^ 1);
-            const uint32_t to = at.tokens(stage.index) + place;
+            uint32_t to = at.tokens(stage.index) + place;
+#pragma unroll 1
+            for (int block = min(step, k_blocks - k); block > 0; block--) {
 #pragma unroll
-            for (int i = 0; i < kBlocks; i++) {
-                if (8 * i >= width) {
-                    break;
+                for (int i = 0; i < kBlocks; i++) {
+                    if (8 * i >= width) {
+                        break;
+                    }
+                    ptx::cp_async_16(to + i * 8 * kRowBytes, in + source[i]);
                 }
-                ptx::cp_async_16(to + i * 8 * kRowBytes, in + source[i]);
+                in += 8;
+                to += width * kRowBytes;
             }
-            in += 8;
             ptx::mbarrier_arrive_after_cp_async(barrier_at(at.stage_ready, stage.index));
             stage.step();
         }
@@ -463,6 +493,53 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[2][kBlocks][4], const
         leave_stage(at.stage_free, stage.index);
         stage.step();
     }
+}
+
+// A stage of a tile apart: kSteps k blocks, 64 outputs of the CTA's row tile, all tokens.
+template <int kColumns, int kSteps>
+__device__ __forceinline__ void multiply_stage_apart(float (&acc)[2][kBlocks][4], const Addresses& at,
+                                                     Position<kStages>& stage, int add) {
+    constexpr ptx::Columns<kColumns> columns;
+    ptx::mbarrier_wait(barrier_at(at.stage_ready, stage.index), stage.parity);
+    // why: cp.async wrote through the generic proxy
+    ptx::fence_proxy_async();
+    const uint64_t a = ptx::wgmma_descriptor(at.weights(stage.index) + threadIdx.x / 128 * (kTileBytes / 2));
+    const uint64_t b = ptx::wgmma_descriptor(at.tokens(stage.index));
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kSteps; step++) {
+#pragma unroll
+        for (int i = 0; i < kTileCols / 16; i++) {
+            ptx::wgmma_k16(columns, acc[0], a + step * (kTileBytes / 16) + 2 * i,
+                           b + step * (kColumns * kRowBytes / 16) + 2 * i, step + i > 0 ? 1 : add);
+        }
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    leave_stage(at.stage_free, stage.index);
+    stage.step();
+}
+
+// All k blocks of a tile apart.
+template <int kColumns>
+__device__ __forceinline__ void multiply_apart(float (&acc)[2][kBlocks][4], const Addresses& at,
+                                               Position<kStages>& stage, int k_blocks) {
+    constexpr int kSteps = k_blocks_of_stage(kColumns);
+#pragma unroll 1
+    for (int k = 0; k + kSteps <= k_blocks; k += kSteps) {
+        multiply_stage_apart<kColumns, kSteps>(acc, at, stage, k);
+    }
+    if (k_blocks % kSteps != 0) {
+        multiply_stage_apart<kColumns, 1>(acc, at, stage, k_blocks - 1);
+    }
+}
+
+// Calls f with a width, a multiple of 8, as a constant.
+template <int... kEighths, class F>
+__device__ __forceinline__ void with_width(std::integer_sequence<int, kEighths...>, int width, const F& f) {
+    (void)((width == 8 * (kEighths + 1) &&
+            (f(std::integral_constant<int, 8 * (kEighths + 1)>()), true)) ||
+           ...);
 }
 
 // Keeps a value in its register: the compiler would compute it again wherever it is used.
@@ -681,26 +758,29 @@ __device__ __forceinline__ void multiply(Shared& shared, const Addresses& at, co
         const GemmOperands& g = shared.operands[tile.phase];
         const int k_blocks = g.k_blocks;
         pin(acc);
-        switch (columns_for(tile.width)) {
-            case 8: multiply_tile<8>(acc, at, stage, k_blocks); break;
-            case 16: multiply_tile<16>(acc, at, stage, k_blocks); break;
-            case 32: multiply_tile<32>(acc, at, stage, k_blocks); break;
-            case 48: multiply_tile<48>(acc, at, stage, k_blocks); break;
-            case 64: multiply_tile<64>(acc, at, stage, k_blocks); break;
-            case 80: multiply_tile<80>(acc, at, stage, k_blocks); break;
-            case 96: multiply_tile<96>(acc, at, stage, k_blocks); break;
-            case 104: multiply_tile<104>(acc, at, stage, k_blocks); break;
-            case 112: multiply_tile<112>(acc, at, stage, k_blocks); break;
-            case 120: multiply_tile<120>(acc, at, stage, k_blocks); break;
-            case 128: multiply_tile<128>(acc, at, stage, k_blocks); break;
-            case 136: multiply_tile<136>(acc, at, stage, k_blocks); break;
-            case 144: multiply_tile<144>(acc, at, stage, k_blocks); break;
-            default: multiply_tile<kMaxColumns>(acc, at, stage, k_blocks);
+        const auto widths = std::make_integer_sequence<int, kBlocks>();
+        if (tile.apart) {
+            with_width(widths, tile.width, [&](auto width) {
+                multiply_apart<decltype(width)::value>(acc, at, stage, k_blocks);
+            });
+        } else {
+            with_width(widths, tile.width, [&](auto width) {
+                multiply_tile<decltype(width)::value>(acc, at, stage, k_blocks);
+            });
         }
         pin(acc);
-        const int row_tile = tile.row_tile + threadIdx.x / 128;
+        const bool is_gate_up =
+            kLastPhase == kGateUp || (kFirstPhase == kGateUp && tile.phase == kGateUp);
+        const int row_tile = tile.row_tile + (tile.apart ? rank : threadIdx.x / 128);
         if (row_tile < g.row_tiles) {
-            if (kLastPhase == kGateUp || (kFirstPhase == kGateUp && tile.phase == kGateUp)) {
+            if (tile.apart) {
+                const scheduler::Work work = {tile.expert, row_tile, 0, tile.rows};
+                if (is_gate_up) {
+                    gate_up.template store_at<kMaxColumns, true>(g, work, tile.first_row, acc[0]);
+                } else {
+                    down.template store_at<kMaxColumns, true>(g, work, tile.first_row, acc[0]);
+                }
+            } else if (is_gate_up) {
                 store(gate_up, g, tile, row_tile, rank, turn, acc);
             } else {
                 store(down, g, tile, row_tile, rank, turn, acc);
