@@ -416,15 +416,17 @@ __device__ __forceinline__ void gather_tokens(Shared& shared, const Addresses& a
         const int step = tile.apart ? k_blocks_of_stage(width) : 1;
         const int last = tile.first_row + tile.rows - 1;
         const int row = tile.first_row + (tile.apart ? 0 : rank * width) + row0;
-        const uint32_t pitch = k_blocks * 8;
-        // why: 32 bits of 16-byte chunks reach 64 GiB, and there are many of them
-        uint32_t source[kBlocks];
+        const int64_t pitch = k_blocks * 8;
+        // why addresses, a k block ahead of the copies: a copy reads its registers late, and who writes
+        // them again waits for that
+        const uint4* from[kBlocks];
+        const uint4* in = reinterpret_cast<const uint4*>(g.in) + chunk - 8;
         const int32_t* gather = g.gather;
 #pragma unroll
         for (int i = 0; i < kBlocks; i++) {
             // why: a copy of the last row is cheaper than a branch; its products are not stored
             const int packed = min(row + 8 * i, last);
-            source[i] = (gather != nullptr ? gather[packed] : packed) * pitch + chunk;
+            from[i] = in + (gather != nullptr ? gather[packed] : packed) * pitch;
         }
         if (tile.after != 0 && threadIdx.x % 32 == 0) {
             await_rows(shared.expert_done + tile.expert, tile.after, p, me);
@@ -434,25 +436,35 @@ __device__ __forceinline__ void gather_tokens(Shared& shared, const Addresses& a
             ptx::mbarrier_arrive(barrier_at(list.free, list.slot.index));
         }
         list.slot.step();
-        const uint4* in = reinterpret_cast<const uint4*>(g.in);
+        int left = step;  // k blocks of the stage
 #pragma unroll 1
-        for (int k = 0; k < k_blocks; k += step) {
-            ptx::mbarrier_wait(barrier_at(at.stage_free, stage.index), stage.parity ^ 1);
-            uint32_t to = at.tokens(stage.index) + place;
-#pragma unroll 1
-            for (int block = min(step, k_blocks - k); block > 0; block--) {
+        for (int k = 0; k < k_blocks; k++) {
 #pragma unroll
-                for (int i = 0; i < kBlocks; i++) {
-                    if (8 * i >= width) {
-                        break;
-                    }
-                    ptx::cp_async_16(to + i * 8 * kRowBytes, in + source[i]);
-                }
-                in += 8;
-                to += width * kRowBytes;
+            for (int i = 0; i < kBlocks; i++) {
+                from[i] += 8;
+                asm volatile("" : "+l"(from[i]));
             }
-            ptx::mbarrier_arrive_after_cp_async(barrier_at(at.stage_ready, stage.index));
-            stage.step();
+            if (left == step) {
+                ptx::mbarrier_wait(barrier_at(at.stage_free, stage.index), stage.parity ^ 1);
+            }
+            const uint32_t to = at.tokens(stage.index) + place + (step - left) * width * kRowBytes;
+#pragma unroll
+            for (int i0 = 0; i0 < kBlocks; i0 += 4) {
+                if (8 * i0 >= width) {
+                    break;
+                }
+#pragma unroll
+                for (int i = i0; i < i0 + 4 && i < kBlocks; i++) {
+                    if (8 * i < width) {
+                        ptx::cp_async_16(to + i * 8 * kRowBytes, from[i]);
+                    }
+                }
+            }
+            if (--left == 0 || k + 1 == k_blocks) {
+                left = step;
+                ptx::mbarrier_arrive_after_cp_async(barrier_at(at.stage_ready, stage.index));
+                stage.step();
+            }
         }
     }
 }

@@ -25,6 +25,7 @@ public final class LoadedKernels implements AutoCloseable {
     private static final String FUSED_WIDE = "wgmma_wide";
     private static final String SPLIT = "wgmma_split";
     private static final String PREFILL = "wgmma_prefill";
+    private static final String SPLIT_PREFILL = "wgmma_prefill_split";
 
     /** Fewer rows an expert than this make products for many rows pointless. */
     private static final int WIDE_ROWS = 16;
@@ -64,7 +65,12 @@ public final class LoadedKernels implements AutoCloseable {
                                 def.pdl() && pdl));
             }
             String gemm = gemm(config, sms);
-            String alone = gemm.equals(MMA) || gemm.equals(PREFILL) ? gemm : FUSED;
+            String alone =
+                    switch (gemm) {
+                        case MMA -> MMA;
+                        case PREFILL, SPLIT_PREFILL -> PREFILL;
+                        default -> FUSED;
+                    };
             gateUp = kernel("moe_gate_up_" + alone);
             down = kernel("moe_down_" + alone);
             for (Phase phase : Phase.values()) {
@@ -97,7 +103,7 @@ public final class LoadedKernels implements AutoCloseable {
                     symbols.add("moe_shared_gate_up_" + alone);
                     symbols.add("moe_shared_down_" + alone);
                 }
-                if (gemm.equals(FUSED) || gemm.equals(FUSED_WIDE)) {
+                if (List.of(FUSED, FUSED_WIDE, PREFILL).contains(gemm)) {
                     symbols.add("moe_experts_" + gemm);
                 } else {
                     symbols.add(gateUp.symbol());
@@ -116,7 +122,7 @@ public final class LoadedKernels implements AutoCloseable {
      * them, both products in one kernel, in one of two shapes by the layer's sizes, never by
      * counts. The system property {@code moe4j.cuda.gemm} may ask for {@code mma}, for {@code
      * wgmma}, for its {@code wide} shape, for {@code prefill}, or for {@code split}, a kernel for
-     * each product.
+     * each product: of prefill where the layer would run that.
      */
     private String gemm(MoeConfig config, int sms) {
         String wanted = System.getProperty("moe4j.cuda.gemm", "");
@@ -136,13 +142,14 @@ public final class LoadedKernels implements AutoCloseable {
         if (wanted.equals("mma") || !hopper) {
             return MMA;
         }
+        boolean prefill = DeviceLayout.averageRows(config) >= PREFILL_ROWS;
         if (wanted.equals("split")) {
-            return SPLIT;
+            return prefill ? SPLIT_PREFILL : SPLIT;
         }
         if (wanted.equals("wide")) {
             return FUSED_WIDE;
         }
-        if (wanted.equals("prefill") || DeviceLayout.averageRows(config) >= PREFILL_ROWS) {
+        if (wanted.equals("prefill") || prefill) {
             return PREFILL;
         }
         long tiles =
