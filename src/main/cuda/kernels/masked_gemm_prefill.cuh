@@ -74,17 +74,10 @@ constexpr int kExtraBytes = 1024;
 constexpr int kSharedBytes = kRingBytes + kMultiplyThreads / 32 * kTurnBytes + kExtraBytes;
 static_assert(kSharedBytes <= 227 * 1024, "one CTA fits an SM of sm_90");
 
-// Tokens of an expert up to which the CTAs of a cluster multiply a row tile each, with all its tokens.
-#ifndef MOE_MOST_APART
-#define MOE_MOST_APART 152
-#endif
-constexpr int kMostApart = MOE_MOST_APART;
-static_assert(kMostApart <= kMaxColumns, "all tokens of a tile apart are columns of a CTA");
-
-// k blocks in a stage of such a tile: two, if the tokens of both fit.
-__device__ __forceinline__ constexpr int k_blocks_of_stage(int columns) {
-    return 2 * columns * kRowBytes <= kTokenBytes ? 2 : 1;
-}
+// Few tokens: the CTAs of a cluster multiply a row tile each, with all tokens of the expert, and a stage
+// holds two k blocks. why so few: the weights take the time, and twice as many bytes are under way.
+constexpr int kApartBlocks = 2;
+constexpr int kMostApart = kTokenBytes / (kApartBlocks * kRowBytes) / 8 * 8;
 
 // What a cluster works on: packed token rows first_row .. first_row + rows - 1 of an expert, and two row
 // tiles. Together, CTA 0 takes the first `width` rows and CTA 1 the rest; apart, CTA 0 takes the first
@@ -158,8 +151,8 @@ __device__ __forceinline__ uint32_t barrier_at(uint32_t barriers, int index) {
     return barriers + 8 * index;
 }
 
-// The tiles by ascending number, for one warp: phase by phase; in a phase, first the experts with more
-// than one block of tokens, which take longest, so that the last tiles to start are short; then expert
+// The tiles by ascending number, for one warp: phase by phase; in a phase, first the experts with so many
+// tokens that these take the time, not the weights, so that the last tiles to start are short; then expert
 // by expert, within an expert by pairs of row tiles, within a pair by blocks of tokens. The tokens of an
 // expert fall into blocks of 16 a unit, as equal as can be.
 template <int kFirstPhase, int kLastPhase>
@@ -220,7 +213,7 @@ class Tiles {
         rows_ = expert < g.experts ? max(g.counts[expert], 0) : 0;
         const int units = (rows_ + 15) / 16;
         blocks_ = (units + kBlocks - 1) / kBlocks;
-        tiles_ = (blocks_ > 1) == large_ ? blocks_ * pairs(phase_) : 0;
+        tiles_ = (rows_ > kMaxColumns) == large_ ? blocks_ * pairs(phase_) : 0;
         end_ = tiles_;
 #pragma unroll
         for (int offset = 1; offset < 32; offset *= 2) {
@@ -243,7 +236,6 @@ class Tiles {
         tile.expert = expert;
         tile.row_tile = 2 * pair;
         tile.first_row = (g.offsets != nullptr ? g.offsets[expert] : 0) + 16 * unit;
-        // why apart: few tokens take less than their weights, and these then enter one CTA, not two
         tile.apart = rows_ <= kMostApart;
         tile.width = tile.apart ? (rows_ + 7) / 8 * 8 : 8 * (next - unit);
         tile.rows = min(2 * tile.width, rows_ - 16 * unit);
@@ -369,7 +361,7 @@ __device__ __forceinline__ void stream_weights(Shared& shared, const Addresses& 
         const uint8_t* from = reinterpret_cast<const uint8_t*>(
             g.weights + tile_offset(tile.expert, row_tile, 0, g.row_tiles, k_blocks));
         const bool apart = tile.apart;
-        const int step = apart ? k_blocks_of_stage(tile.width) : 1;
+        const int step = apart ? kApartBlocks : 1;
         list.leave();
         bool due = rank == 0;
 #pragma unroll 1
@@ -413,7 +405,7 @@ __device__ __forceinline__ void gather_tokens(Shared& shared, const Addresses& a
         const GemmOperands& g = shared.operands[tile.phase];
         const int k_blocks = g.k_blocks;
         const int width = tile.width;
-        const int step = tile.apart ? k_blocks_of_stage(width) : 1;
+        const int step = tile.apart ? kApartBlocks : 1;
         const int last = tile.first_row + tile.rows - 1;
         const int row = tile.first_row + (tile.apart ? 0 : rank * width) + row0;
         const int64_t pitch = k_blocks * 8;
@@ -507,8 +499,8 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[2][kBlocks][4], const
     }
 }
 
-// A stage of a tile apart: kSteps k blocks, 64 outputs of the CTA's row tile, all tokens.
-template <int kColumns, int kSteps>
+// A stage of a tile apart: its k blocks, 64 outputs of the CTA's row tile, all tokens.
+template <int kColumns, int kStageBlocks>
 __device__ __forceinline__ void multiply_stage_apart(float (&acc)[2][kBlocks][4], const Addresses& at,
                                                      Position<kStages>& stage, int add) {
     constexpr ptx::Columns<kColumns> columns;
@@ -519,11 +511,11 @@ __device__ __forceinline__ void multiply_stage_apart(float (&acc)[2][kBlocks][4]
     const uint64_t b = ptx::wgmma_descriptor(at.tokens(stage.index));
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kSteps; step++) {
+    for (int block = 0; block < kStageBlocks; block++) {
 #pragma unroll
         for (int i = 0; i < kTileCols / 16; i++) {
-            ptx::wgmma_k16(columns, acc[0], a + step * (kTileBytes / 16) + 2 * i,
-                           b + step * (kColumns * kRowBytes / 16) + 2 * i, step + i > 0 ? 1 : add);
+            ptx::wgmma_k16(columns, acc[0], a + block * (kTileBytes / 16) + 2 * i,
+                           b + block * (kColumns * kRowBytes / 16) + 2 * i, block + i > 0 ? 1 : add);
         }
     }
     ptx::wgmma_commit();
@@ -536,21 +528,21 @@ __device__ __forceinline__ void multiply_stage_apart(float (&acc)[2][kBlocks][4]
 template <int kColumns>
 __device__ __forceinline__ void multiply_apart(float (&acc)[2][kBlocks][4], const Addresses& at,
                                                Position<kStages>& stage, int k_blocks) {
-    constexpr int kSteps = k_blocks_of_stage(kColumns);
 #pragma unroll 1
-    for (int k = 0; k + kSteps <= k_blocks; k += kSteps) {
-        multiply_stage_apart<kColumns, kSteps>(acc, at, stage, k);
+    for (int k = 0; k + kApartBlocks <= k_blocks; k += kApartBlocks) {
+        multiply_stage_apart<kColumns, kApartBlocks>(acc, at, stage, k);
     }
-    if (k_blocks % kSteps != 0) {
+    // why not in the loop: wgmmas under a condition would be run one by one
+    if (k_blocks % kApartBlocks != 0) {
         multiply_stage_apart<kColumns, 1>(acc, at, stage, k_blocks - 1);
     }
 }
 
-// Calls f with a width, a multiple of 8, as a constant.
-template <int... kEighths, class F>
+// Calls f with a width, one of kLeast, kLeast + 8, .., as a constant.
+template <int kLeast, int... kEighths, class F>
 __device__ __forceinline__ void with_width(std::integer_sequence<int, kEighths...>, int width, const F& f) {
-    (void)((width == 8 * (kEighths + 1) &&
-            (f(std::integral_constant<int, 8 * (kEighths + 1)>()), true)) ||
+    (void)((width == kLeast + 8 * kEighths &&
+            (f(std::integral_constant<int, kLeast + 8 * kEighths>()), true)) ||
            ...);
 }
 
@@ -770,15 +762,16 @@ __device__ __forceinline__ void multiply(Shared& shared, const Addresses& at, co
         const GemmOperands& g = shared.operands[tile.phase];
         const int k_blocks = g.k_blocks;
         pin(acc);
-        const auto widths = std::make_integer_sequence<int, kBlocks>();
         if (tile.apart) {
-            with_width(widths, tile.width, [&](auto width) {
+            with_width<8>(std::make_integer_sequence<int, kMostApart / 8>(), tile.width, [&](auto width) {
                 multiply_apart<decltype(width)::value>(acc, at, stage, k_blocks);
             });
         } else {
-            with_width(widths, tile.width, [&](auto width) {
-                multiply_tile<decltype(width)::value>(acc, at, stage, k_blocks);
-            });
+            constexpr int kLeast = (kMostApart + 16) / 16 * 8;
+            with_width<kLeast>(std::make_integer_sequence<int, (kMaxColumns - kLeast) / 8 + 1>(), tile.width,
+                               [&](auto width) {
+                                   multiply_tile<decltype(width)::value>(acc, at, stage, k_blocks);
+                               });
         }
         pin(acc);
         const bool is_gate_up =
@@ -788,9 +781,9 @@ __device__ __forceinline__ void multiply(Shared& shared, const Addresses& at, co
             if (tile.apart) {
                 const scheduler::Work work = {tile.expert, row_tile, 0, tile.rows};
                 if (is_gate_up) {
-                    gate_up.template store_at<kMaxColumns, true>(g, work, tile.first_row, acc[0]);
+                    gate_up.template store_at<kMostApart, true>(g, work, tile.first_row, acc[0]);
                 } else {
-                    down.template store_at<kMaxColumns, true>(g, work, tile.first_row, acc[0]);
+                    down.template store_at<kMostApart, true>(g, work, tile.first_row, acc[0]);
                 }
             } else if (is_gate_up) {
                 store(gate_up, g, tile, row_tile, rank, turn, acc);

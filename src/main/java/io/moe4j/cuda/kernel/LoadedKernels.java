@@ -36,7 +36,7 @@ public final class LoadedKernels implements AutoCloseable {
     /**
      * From so many rows an expert on, tensor cores are the limit: pairs of blocks share weights.
      */
-    private static final int PREFILL_ROWS = 192;
+    private static final int PREFILL_ROWS = 32;
 
     private final KernelModule module;
     private final Map<String, Kernel> bySymbol = new LinkedHashMap<>();
