@@ -1,11 +1,14 @@
-// The masked grouped GEMM with wgmma for prefill, where experts have hundreds of rows and more:
-// out[row] = epilogue(W[expert of row] . in[row]), for gate_up, for down, or for both in one kernel.
+// The masked grouped GEMM with wgmma for many rows, some experts with hundreds and thousands as in
+// prefill: out[row] = epilogue(W[expert of row] . in[row]), for gate_up, for down, or for both in one
+// kernel.
 //
-// Two CTAs form a cluster and share weights: a tile of theirs is 256 outputs x up to 2 x 152 tokens
-// of an expert, half the tokens each. Per k block of 64 a CTA fetches one of the two 16 KiB weight
-// tiles for both (bulk copies to the whole cluster) and gathers its own token rows with cp.async,
-// so 32 KiB pass through the L2 cache for 256 x 128 x 64 products.
-//   warpgroups 0, 1       128 outputs each: two wgmma m64 n8 .. n152, A = weights, B = tokens
+// Two CTAs form a cluster. Where an expert has many tokens they work together and share weights: a tile
+// of theirs is 256 outputs x up to 2 x 152 tokens of an expert, half the tokens each. Per k block of 64 a
+// CTA fetches one of the two 16 KiB weight tiles for both (bulk copies to the whole cluster) and gathers
+// its own token rows with cp.async, so 32 KiB pass through the L2 cache for 256 x 128 x 64 products.
+// Where an expert has up to 72 tokens they work apart: 128 outputs x all tokens each, two k blocks at once.
+//   warpgroups 0, 1       together, 128 outputs each: two wgmma m64 n40 .. n152, A = weights, B = tokens;
+//                         apart, 64 outputs each: one wgmma m64 n8 .. n72
 //   warpgroup 2, warp 0   weights
 //                warps 1, 2   tokens
 //                warp 3   deals: which tiles this cluster works on
@@ -767,7 +770,7 @@ __device__ __forceinline__ void multiply(Shared& shared, const Addresses& at, co
                 multiply_apart<decltype(width)::value>(acc, at, stage, k_blocks);
             });
         } else {
-            constexpr int kLeast = (kMostApart + 16) / 16 * 8;
+            constexpr int kLeast = (kMostApart + 16) / 16 * 8;  // of one row more
             with_width<kLeast>(std::make_integer_sequence<int, (kMaxColumns - kLeast) / 8 + 1>(), tile.width,
                                [&](auto width) {
                                    multiply_tile<decltype(width)::value>(acc, at, stage, k_blocks);

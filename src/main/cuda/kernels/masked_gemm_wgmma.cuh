@@ -73,7 +73,7 @@ struct NarrowShape {
 
 // For many items, some of experts with many rows: products so wide that weights are read again less often.
 struct WideShape {
-    using Columns = Widths<8, 16, 24, 32, 40, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224>;
+    using Columns = Widths<8, 16, 24, 32, 48, 64, 96, 128, 176, 224>;
     static constexpr int kNarrowRows = 96;
     static constexpr int kWeightStages = 6;
     static constexpr int kTokenSlots = 4;
