@@ -7,6 +7,7 @@
 #include "kernels/gate_up_mma.cu"
 #include "kernels/down_mma.cu"
 #include "kernels/experts_wgmma.cu"
+#include "kernels/experts_prefill.cu"
 #include "kernels/gate_up_prefill.cu"
 #include "kernels/down_prefill.cu"
 #include "kernels/combine_send.cu"

@@ -53,10 +53,10 @@ const Variant kVariants[] = {
     {"fused", moe_gate_up_wgmma, moe_down_wgmma, moe_experts_wgmma, moe::kWgmmaThreads, kNarrowShared, 1, false},
     {"fused+pdl", moe_gate_up_wgmma, moe_down_wgmma, moe_experts_wgmma, moe::kWgmmaThreads, kNarrowShared, 1, true},
     {"wide+pdl", moe_gate_up_wgmma, moe_down_wgmma, moe_experts_wgmma_wide, moe::kWgmmaThreads, kWideShared, 1, true},
-    {"prefill", moe_gate_up_wgmma_prefill, moe_down_wgmma_prefill, nullptr, moe::prefill::kThreads,
+    {"pre-split", moe_gate_up_wgmma_prefill, moe_down_wgmma_prefill, nullptr, moe::prefill::kThreads,
      moe::prefill::kSharedBytes, 1, false},
-    {"prefill+pdl", moe_gate_up_wgmma_prefill, moe_down_wgmma_prefill, nullptr, moe::prefill::kThreads,
-     moe::prefill::kSharedBytes, 1, true},
+    {"prefill+pdl", moe_gate_up_wgmma_prefill, moe_down_wgmma_prefill, moe_experts_wgmma_prefill,
+     moe::prefill::kThreads, moe::prefill::kSharedBytes, 1, true},
 };
 
 struct Random {

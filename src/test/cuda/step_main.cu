@@ -466,9 +466,10 @@ class Layer {
         const Flow flows[] = {{{moe_experts_wgmma}, narrow, sms},
                               {{moe_experts_wgmma_wide}, wide, sms},
                               {{moe_gate_up_wgmma, moe_down_wgmma}, narrow, sms},
+                              {{moe_experts_wgmma_prefill}, moe::prefill::kSharedBytes, sms / 2 * 2, 2},
                               {{moe_gate_up_wgmma_prefill, moe_down_wgmma_prefill},
                                moe::prefill::kSharedBytes, sms / 2 * 2, 2}};
-        const Flow& flow = flows[(c.H / 8 + c.E + c.M + c.R) % 4];
+        const Flow& flow = flows[(c.H / 8 + c.E + c.M + c.R) % 5];
         for (Kernel kernel : flow.kernels) {
             CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, flow.shared));
             cudaLaunchConfig_t config{};

@@ -8,8 +8,8 @@
 extern "C" __global__ MOE_IN_PAIRS __launch_bounds__(moe::prefill::kThreads, 1)
 void moe_down_wgmma_prefill(const __grid_constant__ moe::StepParams p) {
     const moe::LocalRank& me = p.locals[blockIdx.y];
-    moe::prefill::masked_gemm<true>(
-        moe::down_operands(p, me), moe::DownEpilogue{});
+    moe::prefill::masked_gemm<moe::prefill::kDown, moe::prefill::kDown>(
+        moe::gate_up_operands(p, me), moe::down_operands(p, me), p, me, moe::kClaimedDown);
 }
 
 #endif

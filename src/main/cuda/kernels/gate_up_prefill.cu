@@ -9,9 +9,8 @@
 extern "C" __global__ MOE_IN_PAIRS __launch_bounds__(moe::prefill::kThreads, 1)
 void moe_gate_up_wgmma_prefill(const __grid_constant__ moe::StepParams p) {
     const moe::LocalRank& me = p.locals[blockIdx.y];
-    moe::prefill::masked_gemm<false>(
-        moe::gate_up_operands(p, me),
-        moe::GateUpEpilogue{moe::Activation(p.activation, p.alpha, p.limit)});
+    moe::prefill::masked_gemm<moe::prefill::kGateUp, moe::prefill::kGateUp>(
+        moe::gate_up_operands(p, me), moe::down_operands(p, me), p, me, moe::kClaimedGateUp);
 }
 
 #endif

@@ -125,6 +125,13 @@ struct GateUpEpilogue {
     template <int kColumns, int kBlocks>
     __device__ __forceinline__ void store(const GemmOperands& g, const scheduler::Work& work,
                                           const float (&acc)[kBlocks][4], int warp = threadIdx.x / 32) const {
+        store_at<kColumns, false>(g, work, g.first_row(work), acc, warp);
+    }
+
+    // row0: the first packed row. kMayBeFewer: columns from the work's rows on are left out.
+    template <int kColumns, bool kMayBeFewer, int kBlocks>
+    __device__ __forceinline__ void store_at(const GemmOperands& g, const scheduler::Work& work, int64_t row0,
+                                             const float (&acc)[kBlocks][4], int warp = threadIdx.x / 32) const {
         const int lane = threadIdx.x % 32;
         const int packed = work.row_tile * kTileRows + warp * 16 + lane / 4;
         const int feature0 = work.row_tile * (kTileRows / 2) + warp * 8;
@@ -136,9 +143,11 @@ struct GateUpEpilogue {
             gate_bias = bias[packed];
             up_bias = bias[packed + 8];
         }
-        const int64_t row0 = g.first_row(work);
 #pragma unroll
         for (int j = 0; j < kColumns / 8; j++) {
+            if (kMayBeFewer && 8 * j >= work.rows) {
+                break;
+            }
             float v[2];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
@@ -159,12 +168,18 @@ struct DownEpilogue {
     template <int kColumns, int kBlocks>
     __device__ __forceinline__ void store(const GemmOperands& g, const scheduler::Work& work,
                                           const float (&acc)[kBlocks][4], int warp = threadIdx.x / 32) const {
+        store_at<kColumns, false>(g, work, g.first_row(work), acc, warp);
+    }
+
+    // As above.
+    template <int kColumns, bool kMayBeFewer, int kBlocks>
+    __device__ __forceinline__ void store_at(const GemmOperands& g, const scheduler::Work& work, int64_t row0,
+                                             const float (&acc)[kBlocks][4], int warp = threadIdx.x / 32) const {
         const int lane = threadIdx.x % 32;
         const int feature0 = work.row_tile * kTileRows + warp * 16;
         if (feature0 >= g.out_pitch) {
             return;  // the last tile may overhang the rows by 64
         }
-        const int64_t row0 = g.first_row(work);
         const float* bias =
             g.bias == nullptr
                 ? nullptr
@@ -175,6 +190,9 @@ struct DownEpilogue {
             const float add = bias == nullptr ? 0.0f : bias[8 * half + lane / 4];
 #pragma unroll
             for (int j = 0; j < kColumns / 8; j++) {
+                if (kMayBeFewer && 8 * j >= work.rows) {
+                    break;
+                }
                 float v[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {

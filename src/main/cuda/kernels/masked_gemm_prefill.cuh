@@ -1,23 +1,36 @@
-// The masked grouped GEMM with wgmma for prefill, where experts have hundreds of rows and more:
-// out[row] = epilogue(W[expert of row] . in[row]).
+// The masked grouped GEMM with wgmma for many rows, some experts with hundreds and thousands as in
+// prefill: out[row] = epilogue(W[expert of row] . in[row]), for gate_up, for down, or for both in one
+// kernel.
 //
-// Two CTAs form a cluster and share weights: a tile of theirs is 256 outputs x up to 2 x 152 tokens
-// of an expert, half the tokens each. Per k block of 64 a CTA fetches one of the two 16 KiB weight
-// tiles for both (bulk copies to the whole cluster) and gathers its own token rows with cp.async,
-// so 32 KiB pass through the L2 cache for 256 x 128 x 64 products.
-//   warpgroups 0, 1       128 outputs each: two wgmma m64 n8 .. n152, A = weights, B = tokens
+// Two CTAs form a cluster. Where an expert has many tokens they work together and share weights: a tile
+// of theirs is 256 outputs x up to 2 x 152 tokens of an expert, half the tokens each. Per k block of 64 a
+// CTA fetches one of the two 16 KiB weight tiles for both (bulk copies to the whole cluster) and gathers
+// its own token rows with cp.async, so 32 KiB pass through the L2 cache for 256 x 128 x 64 products.
+// Where an expert has up to 72 tokens they work apart: 128 outputs x all tokens each, two k blocks at once.
+//   warpgroups 0, 1       together, 128 outputs each: two wgmma m64 n40 .. n152, A = weights, B = tokens;
+//                         apart, 64 outputs each: one wgmma m64 n8 .. n72
 //   warpgroup 2, warp 0   weights
 //                warps 1, 2   tokens
 //                warp 3   deals: which tiles this cluster works on
 //   stage_ready, stage_free   barriers of a stage: all bytes landed; both CTAs' multipliers have left
 //   tile_ready, tile_free     the same of a listed tile
+//   claim_due                 of CTA 0: a tile nears its end, the next may be claimed
+//   claim_ready, claim_free   of CTA 1's copy of a claim: it is there; of CTA 0: CTA 1 has read it
 // Of a warpgroup's 128 rows of weights a warp takes 32 neighbouring ones (a wgmma takes every second
 // group of 8), which are turned in shared memory and stored as 32 or 64 bytes of a row.
 //
+// Clusters claim tiles one after the other from a counter in device memory, so one that is late takes
+// fewer. Both in one kernel: a down tile reads rows of activated that others write. Of each finished
+// gate_up tile, every CTA adds one to the expert's count, with release; who gathers for a down tile polls
+// it, with acquire. All tiles it waits for were claimed before it, by clusters that run.
+//
 // Each output is one accumulator over ascending k, 16 at a time, so the bits are those of
-// masked_gemm.cuh. Launched with programmatic dependence or without, as masked_gemm_wgmma.cuh.
+// masked_gemm.cuh. Launched with programmatic dependence or without.
 // gridDim.x is even.
 #pragma once
+#include <type_traits>
+#include <utility>
+
 #include "../ptx/bulk_copy.cuh"
 #include "../ptx/cluster.cuh"
 #include "../ptx/cp_async.cuh"
@@ -26,6 +39,7 @@
 #include "../ptx/registers.cuh"
 #include "../ptx/stmatrix.cuh"
 #include "../ptx/wgmma.cuh"
+#include "await_rows.cuh"
 #include "gemm_epilogue.cuh"
 
 namespace moe::prefill {
@@ -40,7 +54,10 @@ constexpr int kClusterCtas = 2;
 #else
 #define MOE_IN_PAIRS __cluster_dims__(moe::prefill::kClusterCtas, 1, 1)
 #endif
-constexpr int kListedTiles = 4;
+// The tile in work and the next.
+constexpr int kListedTiles = 2;
+// k blocks before the last of a tile is fetched at which the next is claimed.
+constexpr int kClaimAhead = 6;
 
 // Of the 168 that 384 threads may have each at launch.
 constexpr int kMultiplierRegisters = 216;
@@ -60,19 +77,25 @@ constexpr int kExtraBytes = 1024;
 constexpr int kSharedBytes = kRingBytes + kMultiplyThreads / 32 * kTurnBytes + kExtraBytes;
 static_assert(kSharedBytes <= 227 * 1024, "one CTA fits an SM of sm_90");
 
-// The wgmma width for so many token columns, a multiple of 8.
-__device__ __forceinline__ constexpr int columns_for(int width) {
-    return width <= 16 || width >= 96 ? width : (width + 15) / 16 * 16;
-}
+// Few tokens: the CTAs of a cluster multiply a row tile each, with all tokens of the expert, and a stage
+// holds two k blocks. why so few: the weights take the time, and twice as many bytes are under way.
+constexpr int kApartBlocks = 2;
+constexpr int kMostApart = kTokenBytes / (kApartBlocks * kRowBytes) / 8 * 8;
 
-// What a cluster works on: packed token rows first_row .. first_row + rows - 1 of an expert, of
-// which CTA 0 takes the first `width` and CTA 1 the rest, and two row tiles.
+// What a cluster works on: packed token rows first_row .. first_row + rows - 1 of an expert, and two row
+// tiles. Together, CTA 0 takes the first `width` rows and CTA 1 the rest; apart, CTA 0 takes the first
+// row tile and CTA 1 the second.
+enum Phase { kGateUp = 0, kDown = 1, kNoPhase = 2 };
+
 struct Tile {
+    int phase;      // kNoPhase: there are no more tiles
     int expert;
     int row_tile;   // the first, even
     int first_row;
     int rows;
-    int width;      // 0: there are no more tiles
+    int width;      // of a CTA, a multiple of 8
+    bool apart;
+    uint32_t after; // how often its expert must have been counted before its rows are there
 };
 
 struct Shared {
@@ -80,8 +103,15 @@ struct Shared {
     uint64_t stage_free[kStages];
     uint64_t tile_ready[kListedTiles];
     uint64_t tile_free[kListedTiles];
+    uint64_t claim_due;
+    uint64_t claim_ready;
+    uint64_t claim_free;
     Tile tiles[kListedTiles];
-    GemmOperands operands;
+    GemmOperands operands[2];  // of gate_up, of down
+    // why here: the rank's record is in device memory, and its lines do not stay in L1
+    uint32_t* work;
+    uint32_t* expert_done;
+    uint32_t claim;
 };
 static_assert(sizeof(Shared) <= kExtraBytes, "barriers lie behind the rings");
 
@@ -107,6 +137,10 @@ struct Addresses {
     uint32_t stage_free;
     uint32_t tile_ready;
     uint32_t tile_free;
+    uint32_t claim_due;
+    uint32_t claim_ready;
+    uint32_t claim_free;
+    uint32_t claim;
 
     __device__ __forceinline__ uint32_t weights(int stage) const {
         return ring + stage * kWeightBytes;
@@ -120,77 +154,173 @@ __device__ __forceinline__ uint32_t barrier_at(uint32_t barriers, int index) {
     return barriers + 8 * index;
 }
 
-// Warp 3 of warpgroup 2. Tiles are numbered expert by expert, within an expert by pairs of row
-// tiles, within a pair by blocks of tokens, and dealt to the clusters in turn. The tokens of an
+// The tiles by ascending number, for one warp: phase by phase; in a phase, first the experts with so many
+// tokens that these take the time, not the weights, so that the last tiles to start are short; then expert
+// by expert, within an expert by pairs of row tiles, within a pair by blocks of tokens. The tokens of an
 // expert fall into blocks of 16 a unit, as equal as can be.
-__device__ __forceinline__ void deal_tiles(Shared& shared, const Addresses& at) {
-    const int lane = threadIdx.x % 32;
-    const int* counts = shared.operands.counts;
-    const int* offsets = shared.operands.offsets;
-    const int experts = shared.operands.experts;
-    const int pairs = (shared.operands.row_tiles + 1) / 2;
-    const int step = gridDim.x / kClusterCtas;
-    int number = blockIdx.x / kClusterCtas;  // of the next tile, from the first of the group of experts
+template <int kFirstPhase, int kLastPhase>
+class Tiles {
+   public:
+    __device__ __forceinline__ explicit Tiles(const Shared& shared) : shared_(shared) { read_group(); }
 
-    Position<kListedTiles> slot;
-    int group = 0;  // of 32 experts
-    int rows, first_row, end = 0;  // of the lane's expert
-    bool listed = true;
-    while (listed) {
-        // The group of experts that has the tile
-        int tiles = 0, units = 0, blocks = 0;
+    // The lane that knows the tile writes it to `to`; without one, lane 0. All lanes get its phase and
+    // expert. Numbers ascend from call to call.
+    __device__ __forceinline__ void find(int number, Tile& to, int& phase, int& expert) {
         for (;;) {
-            const int expert = group + lane;
-            rows = expert < experts ? max(counts[expert], 0) : 0;
-            first_row = rows > 0 && offsets != nullptr ? offsets[expert] : 0;
-            units = (rows + 15) / 16;
-            blocks = (units + kBlocks - 1) / kBlocks;
-            tiles = blocks * pairs;
-            end = tiles;
-#pragma unroll
-            for (int offset = 1; offset < 32; offset *= 2) {
-                const int other = __shfl_up_sync(0xffffffffu, end, offset);
-                end += lane >= offset ? other : 0;
-            }
-            const int all = __shfl_sync(0xffffffffu, end, 31);
-            if (number < all || group + 32 >= experts) {
-                break;
-            }
-            number -= all;
-            group += 32;
-        }
-        // Its tiles
-        for (;;) {
-            const unsigned after = __ballot_sync(0xffffffffu, number < end);
-            if (after == 0 && group + 32 < experts) {
-                break;
-            }
-            listed = after != 0;
-            ptx::mbarrier_wait(barrier_at(at.tile_free, slot.index), slot.parity ^ 1);
-            if (lane == (listed ? __ffs(after) - 1 : 0)) {
-                Tile tile = {0, 0, 0, 0, 0};
-                if (listed) {
-                    const int within = number - (end - tiles);
-                    const int pair = within / blocks;
-                    const int block = within - pair * blocks;
-                    // why: 64-bit, blocks times units
-                    const int unit = static_cast<int>(static_cast<int64_t>(block) * units / blocks);
-                    const int next = static_cast<int>((block + 1ll) * units / blocks);
-                    tile.expert = group + lane;
-                    tile.row_tile = 2 * pair;
-                    tile.first_row = first_row + 16 * unit;
-                    tile.width = 8 * (next - unit);
-                    tile.rows = min(2 * tile.width, rows - 16 * unit);
+            const unsigned after = phase_ == kNoPhase ? 0 : __ballot_sync(0xffffffffu, number - before_ < end_);
+            if (after != 0) {
+                const int lane = __ffs(after) - 1;
+                if (threadIdx.x % 32 == lane) {
+                    to = tile(number - before_ - (end_ - tiles_));
                 }
-                shared.tiles[slot.index] = tile;
-                ptx::mbarrier_arrive(barrier_at(at.tile_ready, slot.index));
+                phase = phase_;
+                expert = group_ + lane;
+                return;
             }
-            __syncwarp();
-            slot.step();
-            if (!listed) {
+            if (phase_ == kNoPhase) {
                 break;
             }
-            number += step;
+            before_ += __shfl_sync(0xffffffffu, end_, 31);
+            group_ += 32;
+            if (group_ >= shared_.operands[phase_].experts) {
+                group_ = 0;
+                phase_ += large_ ? 0 : 1;
+                large_ = !large_;
+                if (phase_ > kLastPhase) {
+                    phase_ = kNoPhase;
+                }
+            }
+            if (phase_ != kNoPhase) {
+                read_group();
+            }
+        }
+        phase = kNoPhase;
+        expert = 0;
+        if (threadIdx.x % 32 == 0) {
+            to.phase = kNoPhase;
+        }
+    }
+
+    // Once there are no more.
+    __device__ __forceinline__ int total() const { return before_; }
+
+   private:
+    __device__ __forceinline__ int pairs(int phase) const {
+        return (shared_.operands[phase].row_tiles + 1) / 2;
+    }
+
+    __device__ __forceinline__ void read_group() {
+        const GemmOperands& g = shared_.operands[phase_];
+        const int lane = threadIdx.x % 32;
+        const int expert = group_ + lane;
+        rows_ = expert < g.experts ? max(g.counts[expert], 0) : 0;
+        const int units = (rows_ + 15) / 16;
+        blocks_ = (units + kBlocks - 1) / kBlocks;
+        tiles_ = (rows_ > kMaxColumns) == large_ ? blocks_ * pairs(phase_) : 0;
+        end_ = tiles_;
+#pragma unroll
+        for (int offset = 1; offset < 32; offset *= 2) {
+            const int other = __shfl_up_sync(0xffffffffu, end_, offset);
+            end_ += lane >= offset ? other : 0;
+        }
+    }
+
+    __device__ __forceinline__ Tile tile(int within) const {
+        const GemmOperands& g = shared_.operands[phase_];
+        const int expert = group_ + threadIdx.x % 32;
+        const int units = (rows_ + 15) / 16;
+        const int pair = within / blocks_;
+        const int block = within - pair * blocks_;
+        // why: 64-bit, blocks times units
+        const int unit = static_cast<int>(static_cast<int64_t>(block) * units / blocks_);
+        const int next = static_cast<int>((block + 1ll) * units / blocks_);
+        Tile tile;
+        tile.phase = phase_;
+        tile.expert = expert;
+        tile.row_tile = 2 * pair;
+        tile.first_row = (g.offsets != nullptr ? g.offsets[expert] : 0) + 16 * unit;
+        tile.apart = rows_ <= kMostApart;
+        tile.width = tile.apart ? (rows_ + 7) / 8 * 8 : 8 * (next - unit);
+        tile.rows = min(2 * tile.width, rows_ - 16 * unit);
+        tile.after = kFirstPhase == kGateUp && phase_ == kDown ? blocks_ * pairs(kGateUp) * kClusterCtas : 0;
+        return tile;
+    }
+
+    const Shared& shared_;
+    int phase_ = kFirstPhase;
+    bool large_ = true;
+    int group_ = 0;   // of 32 experts
+    int before_ = 0;  // tiles before the group
+    int rows_, blocks_, tiles_, end_;  // of the lane's expert; tiles to its end
+};
+
+// Warp 3 of warpgroup 2. CTA 0 claims tiles and tells CTA 1; each lists them for itself, and counts the
+// gate_up tiles that it has finished.
+template <int kFirstPhase, int kLastPhase>
+__device__ __forceinline__ void deal_tiles(Shared& shared, const Addresses& at, WorkWord claimed) {
+    const int lane = threadIdx.x % 32;
+    const int rank = ptx::cluster_rank();
+    Tiles<kFirstPhase, kLastPhase> tiles(shared);
+    Position<kListedTiles> slot;
+    Position<1> turn;
+    int phase = kNoPhase, expert = 0;  // of the tile in work
+    for (bool first = true;; first = false) {
+        uint32_t claim = 0;
+        if (lane == 0) {
+            if (rank == 0) {
+                if (!first) {
+                    ptx::mbarrier_wait(at.claim_due, turn.parity ^ 1);
+                }
+                claim = atomicAdd(shared.work + claimed, 1u);
+                ptx::mbarrier_wait(at.claim_free, turn.parity ^ 1);
+                ptx::store_async_at(at.claim, claim, at.claim_ready, 1);
+            } else {
+                ptx::mbarrier_wait_cluster(at.claim_ready, turn.parity);
+                claim = *static_cast<volatile uint32_t*>(&shared.claim);
+                ptx::mbarrier_arrive_expect(at.claim_ready, sizeof(claim));
+                ptx::mbarrier_arrive_at(at.claim_free, 0);
+            }
+        }
+        turn.step();
+        claim = __shfl_sync(0xffffffffu, claim, 0);
+        int next_phase, next_expert;
+        // why the slot is free: the tile before the one in work has been waited for below
+        tiles.find(static_cast<int>(claim), shared.tiles[slot.index], next_phase, next_expert);
+        __syncwarp();
+        if (lane == 0) {
+            ptx::mbarrier_arrive(barrier_at(at.tile_ready, slot.index));
+        }
+        slot.step();
+        if (!first) {
+            // The other slot's
+            ptx::mbarrier_wait(barrier_at(at.tile_free, slot.index), slot.parity ^ 1);
+            if (kFirstPhase != kLastPhase && phase == kGateUp && lane == 0) {
+                ptx::add_release_gpu(shared.expert_done + expert, 1);
+            }
+        }
+        phase = next_phase;
+        expert = next_expert;
+        if (phase == kNoPhase) {
+            const uint32_t clusters = gridDim.x / kClusterCtas;
+            if (rank == 0 && lane == 0 && claim + 1 == static_cast<uint32_t>(tiles.total()) + clusters) {
+                shared.work[claimed] = 0;  // why: a claim for each tile and each cluster, the last
+            }
+            break;
+        }
+    }
+    if (kFirstPhase != kLastPhase) {
+        // The last CTA that waits for no more gate_up tiles clears their counts
+        uint32_t finished = 0;
+        if (lane == 0) {
+            finished = atomicAdd(shared.work + kFinished, 1u);
+        }
+        if (__shfl_sync(0xffffffffu, finished, 0) == gridDim.x - 1) {
+            for (int e = lane; e < shared.operands[0].experts; e += 32) {
+                shared.expert_done[e] = 0;
+            }
+            if (lane == 0) {
+                shared.work[kFinished] = 0;
+            }
         }
     }
 }
@@ -217,84 +347,119 @@ constexpr int kTileReaders = kMultiplyThreads / 32 + 1 + kGatherThreads / 32;
 
 // Warpgroup 2, one thread: this CTA's half of the weights, for the cluster.
 __device__ __forceinline__ void stream_weights(Shared& shared, const Addresses& at) {
-    const GemmOperands& g = shared.operands;
     const int rank = ptx::cluster_rank();
-    const int k_blocks = g.k_blocks;
+    const uint64_t policy = ptx::evict_first();
     TileList list(shared, at);
     Position<kStages> stage;
     for (;;) {
         const Tile& tile = list.wait();
-        if (tile.width == 0) {
+        if (tile.phase == kNoPhase) {
             return;
         }
+        const GemmOperands& g = shared.operands[tile.phase];
+        const int k_blocks = g.k_blocks;
+        const int claim_at = max(k_blocks - kClaimAhead, 0);
         // why: where row tiles are odd the last pair has one, which then comes twice
         const int row_tile = min(tile.row_tile + rank, g.row_tiles - 1);
         const uint8_t* from = reinterpret_cast<const uint8_t*>(
             g.weights + tile_offset(tile.expert, row_tile, 0, g.row_tiles, k_blocks));
+        const bool apart = tile.apart;
+        const int step = apart ? kApartBlocks : 1;
         list.leave();
+        bool due = rank == 0;
 #pragma unroll 1
-        for (int k = 0; k < k_blocks; k++) {
+        for (int k = 0; k < k_blocks; k += step) {
             ptx::mbarrier_wait(barrier_at(at.stage_free, stage.index), stage.parity ^ 1);
             const uint32_t ready = barrier_at(at.stage_ready, stage.index);
-            ptx::mbarrier_arrive_expect(ready, kWeightBytes);
-            ptx::bulk_copy_to_all(at.weights(stage.index) + rank * kTileBytes, from, kTileBytes, ready,
-                                  (1 << kClusterCtas) - 1);
-            from += kTileBytes;
+            const uint32_t bytes = min(step, k_blocks - k) * kTileBytes;
+            if (apart) {
+                ptx::mbarrier_arrive_expect(ready, bytes);
+                ptx::bulk_copy(at.weights(stage.index), from, bytes, ready, policy);
+            } else {
+                ptx::mbarrier_arrive_expect(ready, kWeightBytes);
+                ptx::bulk_copy_to_all(at.weights(stage.index) + rank * kTileBytes, from, kTileBytes, ready,
+                                      (1 << kClusterCtas) - 1);
+            }
+            from += bytes;
             stage.step();
+            if (due && k + step > claim_at) {
+                due = false;
+                ptx::mbarrier_arrive(at.claim_due);
+            }
         }
     }
 }
 
 // Warpgroup 2, warps 1 and 2. A thread copies 16-byte chunk c of rows r, r + 8, .. of each k block.
-template <bool kListed>
-__device__ __forceinline__ void gather_tokens(Shared& shared, const Addresses& at) {
-    const GemmOperands& g = shared.operands;
+__device__ __forceinline__ void gather_tokens(Shared& shared, const Addresses& at, const StepParams& p,
+                                              const LocalRank& me) {
     const int thread = threadIdx.x % 128 - 32;
     const int row0 = thread / 8;
     const int chunk = thread % 8;
     const uint32_t place = swizzled(row0, chunk);
     const int rank = ptx::cluster_rank();
-    const int k_blocks = g.k_blocks;
     TileList list(shared, at);
     Position<kStages> stage;
     for (;;) {
         const Tile& tile = list.wait();
-        const int width = tile.width;
-        if (width == 0) {
+        if (tile.phase == kNoPhase) {
             return;
         }
+        const GemmOperands& g = shared.operands[tile.phase];
+        const int k_blocks = g.k_blocks;
+        const int width = tile.width;
+        const int step = tile.apart ? kApartBlocks : 1;
         const int last = tile.first_row + tile.rows - 1;
-        const int row = tile.first_row + rank * width + row0;
-        const uint32_t pitch = k_blocks * 8;
-        // why: 32 bits of 16-byte chunks reach 64 GiB, and there are many of them
-        uint32_t source[kBlocks];
+        const int row = tile.first_row + (tile.apart ? 0 : rank * width) + row0;
+        const int64_t pitch = k_blocks * 8;
+        // why addresses, a k block ahead of the copies: a copy reads its registers late, and who writes
+        // them again waits for that
+        const uint4* from[kBlocks];
+        const uint4* in = reinterpret_cast<const uint4*>(g.in) + chunk - 8;
         const int32_t* gather = g.gather;
 #pragma unroll
         for (int i = 0; i < kBlocks; i++) {
             // why: a copy of the last row is cheaper than a branch; its products are not stored
             const int packed = min(row + 8 * i, last);
-            source[i] = (kListed ? gather[packed] : packed) * pitch + chunk;
+            from[i] = in + (gather != nullptr ? gather[packed] : packed) * pitch;
+        }
+        if (tile.after != 0 && threadIdx.x % 32 == 0) {
+            await_rows(shared.expert_done + tile.expert, tile.after, p, me);
         }
         __syncwarp();
         if (threadIdx.x % 32 == 0) {
             ptx::mbarrier_arrive(barrier_at(list.free, list.slot.index));
         }
         list.slot.step();
-        const uint4* in = reinterpret_cast<const uint4*>(g.in);
+        int left = step;  // k blocks of the stage
 #pragma unroll 1
         for (int k = 0; k < k_blocks; k++) {
-            ptx::mbarrier_wait(barrier_at(at.stage_free, stage.index), stage.parity ^ 1);
-            const uint32_t to = at.tokens(stage.index) + place;
 #pragma unroll
             for (int i = 0; i < kBlocks; i++) {
-                if (8 * i >= width) {
+                from[i] += 8;
+                asm volatile("" : "+l"(from[i]));
+            }
+            if (left == step) {
+                ptx::mbarrier_wait(barrier_at(at.stage_free, stage.index), stage.parity ^ 1);
+            }
+            const uint32_t to = at.tokens(stage.index) + place + (step - left) * width * kRowBytes;
+#pragma unroll
+            for (int i0 = 0; i0 < kBlocks; i0 += 4) {
+                if (8 * i0 >= width) {
                     break;
                 }
-                ptx::cp_async_16(to + i * 8 * kRowBytes, in + source[i]);
+#pragma unroll
+                for (int i = i0; i < i0 + 4 && i < kBlocks; i++) {
+                    if (8 * i < width) {
+                        ptx::cp_async_16(to + i * 8 * kRowBytes, from[i]);
+                    }
+                }
             }
-            in += 8;
-            ptx::mbarrier_arrive_after_cp_async(barrier_at(at.stage_ready, stage.index));
-            stage.step();
+            if (--left == 0 || k + 1 == k_blocks) {
+                left = step;
+                ptx::mbarrier_arrive_after_cp_async(barrier_at(at.stage_ready, stage.index));
+                stage.step();
+            }
         }
     }
 }
@@ -335,6 +500,53 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[2][kBlocks][4], const
         leave_stage(at.stage_free, stage.index);
         stage.step();
     }
+}
+
+// A stage of a tile apart: its k blocks, 64 outputs of the CTA's row tile, all tokens.
+template <int kColumns, int kStageBlocks>
+__device__ __forceinline__ void multiply_stage_apart(float (&acc)[2][kBlocks][4], const Addresses& at,
+                                                     Position<kStages>& stage, int add) {
+    constexpr ptx::Columns<kColumns> columns;
+    ptx::mbarrier_wait(barrier_at(at.stage_ready, stage.index), stage.parity);
+    // why: cp.async wrote through the generic proxy
+    ptx::fence_proxy_async();
+    const uint64_t a = ptx::wgmma_descriptor(at.weights(stage.index) + threadIdx.x / 128 * (kTileBytes / 2));
+    const uint64_t b = ptx::wgmma_descriptor(at.tokens(stage.index));
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int block = 0; block < kStageBlocks; block++) {
+#pragma unroll
+        for (int i = 0; i < kTileCols / 16; i++) {
+            ptx::wgmma_k16(columns, acc[0], a + block * (kTileBytes / 16) + 2 * i,
+                           b + block * (kColumns * kRowBytes / 16) + 2 * i, block + i > 0 ? 1 : add);
+        }
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    leave_stage(at.stage_free, stage.index);
+    stage.step();
+}
+
+// All k blocks of a tile apart.
+template <int kColumns>
+__device__ __forceinline__ void multiply_apart(float (&acc)[2][kBlocks][4], const Addresses& at,
+                                               Position<kStages>& stage, int k_blocks) {
+#pragma unroll 1
+    for (int k = 0; k + kApartBlocks <= k_blocks; k += kApartBlocks) {
+        multiply_stage_apart<kColumns, kApartBlocks>(acc, at, stage, k);
+    }
+    // why not in the loop: wgmmas under a condition would be run one by one
+    if (k_blocks % kApartBlocks != 0) {
+        multiply_stage_apart<kColumns, 1>(acc, at, stage, k_blocks - 1);
+    }
+}
+
+// Calls f with a width, one of kLeast, kLeast + 8, .., as a constant.
+template <int kLeast, int... kEighths, class F>
+__device__ __forceinline__ void with_width(std::integer_sequence<int, kEighths...>, int width, const F& f) {
+    (void)((width == kLeast + 8 * kEighths &&
+            (f(std::integral_constant<int, kLeast + 8 * kEighths>()), true)) ||
+           ...);
 }
 
 // Keeps a value in its register: the compiler would compute it again wherever it is used.
@@ -526,12 +738,10 @@ __device__ __forceinline__ void pin(float (&acc)[2][kBlocks][4]) {
 
 // Warpgroups 0 and 1. The accumulators are one array for all widths, so that there is one epilogue:
 // the code of one for each would not stay in the instruction cache.
-template <class Epilogue>
-__device__ __forceinline__ void multiply(Shared& shared, const Addresses& at,
-                                         const Epilogue& epilogue) {
-    const GemmOperands& g = shared.operands;
+template <int kFirstPhase, int kLastPhase>
+__device__ __forceinline__ void multiply(Shared& shared, const Addresses& at, const GateUpEpilogue& gate_up,
+                                         const DownEpilogue& down) {
     const int rank = ptx::cluster_rank();
-    const int k_blocks = g.k_blocks;
     const uint32_t turn = at.turn + threadIdx.x / 32 * kTurnBytes;
     TileList list(shared, at);
     Position<kStages> stage;
@@ -549,30 +759,40 @@ __device__ __forceinline__ void multiply(Shared& shared, const Addresses& at,
 #pragma unroll 1
     for (;;) {
         const Tile& tile = list.wait();
-        if (tile.width == 0) {
+        if (tile.phase == kNoPhase) {
             return;
         }
+        const GemmOperands& g = shared.operands[tile.phase];
+        const int k_blocks = g.k_blocks;
         pin(acc);
-        switch (columns_for(tile.width)) {
-            case 8: multiply_tile<8>(acc, at, stage, k_blocks); break;
-            case 16: multiply_tile<16>(acc, at, stage, k_blocks); break;
-            case 32: multiply_tile<32>(acc, at, stage, k_blocks); break;
-            case 48: multiply_tile<48>(acc, at, stage, k_blocks); break;
-            case 64: multiply_tile<64>(acc, at, stage, k_blocks); break;
-            case 80: multiply_tile<80>(acc, at, stage, k_blocks); break;
-            case 96: multiply_tile<96>(acc, at, stage, k_blocks); break;
-            case 104: multiply_tile<104>(acc, at, stage, k_blocks); break;
-            case 112: multiply_tile<112>(acc, at, stage, k_blocks); break;
-            case 120: multiply_tile<120>(acc, at, stage, k_blocks); break;
-            case 128: multiply_tile<128>(acc, at, stage, k_blocks); break;
-            case 136: multiply_tile<136>(acc, at, stage, k_blocks); break;
-            case 144: multiply_tile<144>(acc, at, stage, k_blocks); break;
-            default: multiply_tile<kMaxColumns>(acc, at, stage, k_blocks);
+        if (tile.apart) {
+            with_width<8>(std::make_integer_sequence<int, kMostApart / 8>(), tile.width, [&](auto width) {
+                multiply_apart<decltype(width)::value>(acc, at, stage, k_blocks);
+            });
+        } else {
+            constexpr int kLeast = (kMostApart + 16) / 16 * 8;  // of one row more
+            with_width<kLeast>(std::make_integer_sequence<int, (kMaxColumns - kLeast) / 8 + 1>(), tile.width,
+                               [&](auto width) {
+                                   multiply_tile<decltype(width)::value>(acc, at, stage, k_blocks);
+                               });
         }
         pin(acc);
-        const int row_tile = tile.row_tile + threadIdx.x / 128;
+        const bool is_gate_up =
+            kLastPhase == kGateUp || (kFirstPhase == kGateUp && tile.phase == kGateUp);
+        const int row_tile = tile.row_tile + (tile.apart ? rank : threadIdx.x / 128);
         if (row_tile < g.row_tiles) {
-            store(epilogue, g, tile, row_tile, rank, turn, acc);
+            if (tile.apart) {
+                const scheduler::Work work = {tile.expert, row_tile, 0, tile.rows};
+                if (is_gate_up) {
+                    gate_up.template store_at<kMostApart, true>(g, work, tile.first_row, acc[0]);
+                } else {
+                    down.template store_at<kMostApart, true>(g, work, tile.first_row, acc[0]);
+                }
+            } else if (is_gate_up) {
+                store(gate_up, g, tile, row_tile, rank, turn, acc);
+            } else {
+                store(down, g, tile, row_tile, rank, turn, acc);
+            }
         }
         __syncwarp();
         if (threadIdx.x % 32 == 0) {
@@ -582,8 +802,10 @@ __device__ __forceinline__ void multiply(Shared& shared, const Addresses& at,
     }
 }
 
-template <bool kCountsAreFinal, class Epilogue>
-__device__ __forceinline__ void masked_gemm(const GemmOperands& operands, const Epilogue& epilogue) {
+// claimed: the counter of this kernel's tiles.
+template <int kFirstPhase, int kLastPhase>
+__device__ __forceinline__ void masked_gemm(const GemmOperands& gate_up, const GemmOperands& down,
+                                            const StepParams& p, const LocalRank& me, WorkWord claimed) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(1024) uint8_t prefill_ring[];
     Shared& shared = *reinterpret_cast<Shared*>(prefill_ring + kSharedBytes - kExtraBytes);
@@ -594,6 +816,10 @@ __device__ __forceinline__ void masked_gemm(const GemmOperands& operands, const 
     at.stage_free = ptx::shared_address(shared.stage_free);
     at.tile_ready = ptx::shared_address(shared.tile_ready);
     at.tile_free = ptx::shared_address(shared.tile_free);
+    at.claim_due = ptx::shared_address(&shared.claim_due);
+    at.claim_ready = ptx::shared_address(&shared.claim_ready);
+    at.claim_free = ptx::shared_address(&shared.claim_free);
+    at.claim = ptx::shared_address(&shared.claim);
     if (threadIdx.x == kThreads - 1) {
         for (int i = 0; i < kStages; i++) {
             ptx::mbarrier_init(barrier_at(at.stage_ready, i), 1 + kGatherThreads);
@@ -603,14 +829,19 @@ __device__ __forceinline__ void masked_gemm(const GemmOperands& operands, const 
             ptx::mbarrier_init(barrier_at(at.tile_ready, i), 1);
             ptx::mbarrier_init(barrier_at(at.tile_free, i), kTileReaders);
         }
+        ptx::mbarrier_init(at.claim_due, 1);
+        ptx::mbarrier_init(at.claim_ready, 1);
+        ptx::mbarrier_init(at.claim_free, 1);
         ptx::fence_mbarrier_init();
-        shared.operands = operands;
+        ptx::mbarrier_arrive_expect(at.claim_ready, sizeof(shared.claim));
+        shared.operands[kGateUp] = gate_up;
+        shared.operands[kDown] = down;
+        shared.work = me.work;
+        shared.expert_done = me.expert_done;
     }
     ptx::cluster_sync();
-    if constexpr (!kCountsAreFinal) {
-        ptx::wait_for_previous_grid();
-        ptx::allow_next_grid();
-    }
+    ptx::wait_for_previous_grid();
+    ptx::allow_next_grid();
 
     if (threadIdx.x >= kMultiplyThreads) {
         ptx::give_registers<kProducerRegisters>();
@@ -620,17 +851,14 @@ __device__ __forceinline__ void masked_gemm(const GemmOperands& operands, const 
                 stream_weights(shared, at);
             }
         } else if (warp == 3) {
-            deal_tiles(shared, at);
+            deal_tiles<kFirstPhase, kLastPhase>(shared, at, claimed);
         } else {
-            if constexpr (kCountsAreFinal) {
-                ptx::wait_for_previous_grid();
-                ptx::allow_next_grid();
-            }
-            gather_tokens<!kCountsAreFinal>(shared, at);
+            gather_tokens(shared, at, p, me);
         }
     } else {
         ptx::take_registers<kMultiplierRegisters>();
-        multiply(shared, at, epilogue);
+        multiply<kFirstPhase, kLastPhase>(shared, at, GateUpEpilogue{Activation(p.activation, p.alpha, p.limit)},
+                                          DownEpilogue{});
     }
     // why: the other CTA may still arrive at barriers of this one
     __syncwarp();

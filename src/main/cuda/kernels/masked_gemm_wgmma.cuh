@@ -23,7 +23,6 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "../comm/signal.cuh"
 #include "../ptx/bulk_copy.cuh"
 #include "../ptx/cp_async.cuh"
 #include "../ptx/grid_dependency.cuh"
@@ -31,6 +30,7 @@
 #include "../ptx/registers.cuh"
 #include "../ptx/wgmma.cuh"
 #include "../scheduler/claims.cuh"
+#include "await_rows.cuh"
 #include "gemm_epilogue.cuh"
 
 namespace moe {
@@ -249,23 +249,7 @@ __device__ __forceinline__ void wait_for_gate_up(const WgmmaShared<Shape>& share
                        experts.wide[expert];
     const uint32_t halves =
         static_cast<uint32_t>(2 * blocks * shared.operands[scheduler::kGateUpItems].row_tiles);
-    const uint32_t* done = shared.expert_done + expert;
-    if (ptx::load_acquire_gpu(done) == halves) {
-        return;
-    }
-    const uint64_t start = ptx::globaltimer_ns();
-    int polls = 0;
-    uint32_t seen;
-    while ((seen = ptx::load_acquire_gpu(done)) != halves) {
-        if (++polls == kPollsPerClockRead) {
-            polls = 0;
-            const uint64_t waited = ptx::globaltimer_ns() - start;
-            if (waited > p.timeout_ns) {
-                claim_error_record(me, kInternal, kOpExperts, me.rank, halves, seen, waited);
-                return;
-            }
-        }
-    }
+    await_rows(shared.expert_done + expert, halves, p, me);
 }
 
 // Warpgroup 2, warps 1 to 3. A thread copies 16-byte chunk c of rows r, r + 12, .. of each k block.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes wgmma.cuh: one overload for each number of columns. Run it here after changing the list."""
 
-COLUMNS = [8, 16, 24, 32, 48, 64, 80] + list(range(96, 153, 8)) + [176, 224]
+COLUMNS = list(range(8, 153, 8)) + [176, 224]
 
 HEAD = """// Warpgroup matrix products (PTX ISA 9.7.15). Written by generate_wgmma.py.
 #pragma once

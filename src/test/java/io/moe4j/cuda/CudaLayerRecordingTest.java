@@ -143,7 +143,7 @@ class CudaLayerRecordingTest {
     }
 
     @ParameterizedTest
-    @CsvSource({"1, 64, wgmma", "16, 64, wgmma", "15, 8192, wgmma", "16, 8192, wgmma_wide"})
+    @CsvSource({"1, 64, wgmma", "31, 8192, wgmma", "32, 64, wgmma_prefill"})
     void shouldChooseKernelsByTheRowsThatAreExpected(int rows, int intermediate, String shape) {
         MoeShape sizes = MoeShape.of(64, intermediate, 8, 2);
         MoeConfig config =
@@ -208,7 +208,24 @@ class CudaLayerRecordingTest {
     }
 
     @Test
-    void shouldRunThePrefillKernelsInPairsOfBlocksWhereExpertsHaveManyRows() {
+    void shouldRunThePrefillKernelInPairsOfBlocksWhereExpertsHaveManyRows() {
+        assertThat(prefillLaunches()).containsExactly("moe_experts_wgmma_prefill grid 132");
+    }
+
+    @Test
+    void shouldSplitThePrefillKernelWhereThePropertyAsksForIt() {
+        System.setProperty("moe4j.cuda.gemm", "split");
+        try {
+            assertThat(prefillLaunches())
+                    .containsExactly(
+                            "moe_gate_up_wgmma_prefill grid 132",
+                            "moe_down_wgmma_prefill grid 132");
+        } finally {
+            System.clearProperty("moe4j.cuda.gemm");
+        }
+    }
+
+    private List<String> prefillLaunches() {
         int tokens = 600; // 600 * 4 / 12 = 200 rows of an expert
         try (CudaLayer layer = open(RoutingInput.TOPK, 1, tokens)) {
             layer.prepare();
@@ -224,10 +241,10 @@ class CudaLayerRecordingTest {
                                             Tensor.device(memory, DType.I32, 1))));
             recording.clearCalls();
             layer.enqueue(recording.foreignStream(), step);
-            assertThat(recording.launches())
-                    .filteredOn(l -> l.kernel().endsWith("_prefill"))
-                    .hasSize(2)
-                    .allMatch(l -> l.gridX() == 132);
+            return recording.launches().stream()
+                    .filter(l -> l.kernel().endsWith("_prefill"))
+                    .map(l -> l.kernel() + " grid " + l.gridX())
+                    .toList();
         }
     }
 

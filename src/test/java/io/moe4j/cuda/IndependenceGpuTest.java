@@ -243,6 +243,7 @@ class IndependenceGpuTest {
             for (String gemm : List.of("wide", "split")) {
                 runners.add(new Runner(gemm, 64, 0));
                 runners.add(new Runner(gemm, 1024, 0));
+                runners.add(new Runner(gemm, 512, 256));
             }
         }
     }

@@ -25,17 +25,13 @@ public final class LoadedKernels implements AutoCloseable {
     private static final String FUSED_WIDE = "wgmma_wide";
     private static final String SPLIT = "wgmma_split";
     private static final String PREFILL = "wgmma_prefill";
-
-    /** Fewer rows an expert than this make products for many rows pointless. */
-    private static final int WIDE_ROWS = 16;
-
-    /** With fewer tiles an SM than this, the long items of many rows would end too late. */
-    private static final int WIDE_TILES = 4;
+    private static final String SPLIT_PREFILL = "wgmma_prefill_split";
 
     /**
-     * From so many rows an expert on, tensor cores are the limit: pairs of blocks share weights.
+     * From so many rows an expert on, pairs of blocks that share weights are no slower, and where
+     * routing is uneven mostly faster.
      */
-    private static final int PREFILL_ROWS = 192;
+    private static final int PREFILL_ROWS = 32;
 
     private final KernelModule module;
     private final Map<String, Kernel> bySymbol = new LinkedHashMap<>();
@@ -72,8 +68,13 @@ public final class LoadedKernels implements AutoCloseable {
                                 grid(def, config, sms),
                                 def.pdl() && pdl));
             }
-            String gemm = gemm(config, sms);
-            String alone = gemm.equals(MMA) || gemm.equals(PREFILL) ? gemm : FUSED;
+            String gemm = gemm(config);
+            String alone =
+                    switch (gemm) {
+                        case MMA -> MMA;
+                        case PREFILL, SPLIT_PREFILL -> PREFILL;
+                        default -> FUSED;
+                    };
             gateUp = kernel("moe_gate_up_" + alone);
             down = kernel("moe_down_" + alone);
             boolean lines = DeviceLayout.usesLines(config);
@@ -119,7 +120,7 @@ public final class LoadedKernels implements AutoCloseable {
                     symbols.add("moe_shared_gate_up_" + alone);
                     symbols.add("moe_shared_down_" + alone);
                 }
-                if (gemm.equals(FUSED) || gemm.equals(FUSED_WIDE)) {
+                if (List.of(FUSED, FUSED_WIDE, PREFILL).contains(gemm)) {
                     symbols.add("moe_experts_" + gemm);
                 } else {
                     symbols.add(gateUp.symbol());
@@ -171,12 +172,12 @@ public final class LoadedKernels implements AutoCloseable {
 
     /**
      * Which matrix kernels run, all of which give the same bits: those of wgmma where the image has
-     * them, both products in one kernel, in one of two shapes by the layer's sizes, never by
-     * counts. The system property {@code moe4j.cuda.gemm} may ask for {@code mma}, for {@code
-     * wgmma}, for its {@code wide} shape, for {@code prefill}, or for {@code split}, a kernel for
-     * each product.
+     * them, both products in one kernel, one of two by the rows that are expected, never by counts.
+     * The system property {@code moe4j.cuda.gemm} may ask for {@code mma}, for {@code wgmma}, for
+     * its {@code wide} shape, which no layer chooses by itself, for {@code prefill}, or for {@code
+     * split}, a kernel for each product: of prefill where the layer would run that.
      */
-    private String gemm(MoeConfig config, int sms) {
+    private String gemm(MoeConfig config) {
         String wanted = System.getProperty("moe4j.cuda.gemm", "");
         if (!List.of("", "mma", "wgmma", "wide", "prefill", "split").contains(wanted)) {
             throw new IllegalArgumentException(
@@ -194,21 +195,14 @@ public final class LoadedKernels implements AutoCloseable {
         if (wanted.equals("mma") || !hopper) {
             return MMA;
         }
+        boolean prefill = DeviceLayout.averageRows(config) >= PREFILL_ROWS;
         if (wanted.equals("split")) {
-            return SPLIT;
+            return prefill ? SPLIT_PREFILL : SPLIT;
         }
         if (wanted.equals("wide")) {
             return FUSED_WIDE;
         }
-        if (wanted.equals("prefill") || DeviceLayout.averageRows(config) >= PREFILL_ROWS) {
-            return PREFILL;
-        }
-        long tiles =
-                (long) config.expertsPerRank()
-                        * (2 * DeviceLayout.pad(config.shape().intermediate()) / 128);
-        boolean wide =
-                DeviceLayout.averageRows(config) >= WIDE_ROWS && tiles >= (long) WIDE_TILES * sms;
-        return wide ? FUSED_WIDE : FUSED;
+        return wanted.equals("prefill") || prefill ? PREFILL : FUSED;
     }
 
     /** The rules of kernels.def. */
