@@ -542,12 +542,12 @@ class Group {
     int64_t dispatch_ctas() const {
         if (c.dispatch_ctas) return std::min(c.dispatch_ctas, sms / local);
         const int64_t pieces = (moe::dispatch_row_lines(Hp, c.K) + 3) / 4;
-        return std::clamp<int64_t>(1 + (c.M * pieces + 15) / 16, 2, sms / local);
+        return std::clamp<int64_t>(1 + (c.M * pieces + 63) / 64, 2, std::max(2, sms / local));
     }
     int64_t combine_ctas() const {
         if (c.combine_ctas) return std::min(c.combine_ctas, sms / local);
         const int64_t pieces = (moe::combine_row_lines(Hp) + 3) / 4;
-        return std::clamp<int64_t>((c.M * pieces + 15) / 16, 1, sms / local);
+        return std::clamp<int64_t>((c.M * pieces + 3) / 4, 1, sms / local);
     }
 
     void enqueue_dispatch(int gpu, Form form) {

@@ -502,10 +502,19 @@ class Layer {
         if (c.input == moe::kHidden) {
             moe_route_logits<<<grid(std::min<int64_t>((static_cast<int64_t>(c.M) * c.E + 7) / 8, 4 * sms)), 256, 0, stream>>>(p);
         }
-        moe_route_topk<<<grid(std::min<int64_t>((c.M + 3) / 4, 8 * sms)), 128, 0, stream>>>(p);
-        moe_dispatch_send<<<grid(rows), 256, 0, stream>>>(p);
-        moe_dispatch_recv<<<grid(per_expert), 256, 0, stream>>>(p);
-        moe_dispatch_index<<<grid(per_expert), 256, 0, stream>>>(p);
+        // One rank: the wide graph has one kernel for dispatch and one for combine, the narrow one all
+        const bool local = c.R == 1 && !one_cta;
+        const int64_t pieces = c.M * ((Hp + 239) / 240);
+        if (!local || c.input != moe::kTopK) {
+            moe_route_topk<<<grid(std::min<int64_t>((c.M + 3) / 4, 8 * sms)), 128, 0, stream>>>(p);
+        }
+        if (local) {
+            moe_dispatch_local<<<grid(std::min<int64_t>(1 + (pieces + 63) / 64, sms)), moe::kFusedThreads, 0, stream>>>(p);
+        } else {
+            moe_dispatch_send<<<grid(rows), 256, 0, stream>>>(p);
+            moe_dispatch_recv<<<grid(per_expert), 256, 0, stream>>>(p);
+            moe_dispatch_index<<<grid(per_expert), 256, 0, stream>>>(p);
+        }
         // The narrow graph multiplies with mma.sync, the wide one with wgmma where there is one
         if (one_cta || !hopper) {
             moe_gate_up_mma<<<grid(2 * sms), 256, smem, stream>>>(p);
@@ -513,12 +522,13 @@ class Layer {
         } else {
             launch_wgmma(grid);
         }
-        moe_combine_send<<<grid(slots), 256, 0, stream>>>(p);
+        if (!local) moe_combine_send<<<grid(slots), 256, 0, stream>>>(p);
         if (c.S) {
             moe_shared_gate_up_mma<<<grid(2 * sms), 256, smem, stream>>>(p);
             moe_shared_down_mma<<<grid(2 * sms), 256, smem, stream>>>(p);
         }
-        moe_combine_recv<<<grid(rows), 256, 0, stream>>>(p);
+        if (local) moe_combine_local<<<grid(std::min<int64_t>((pieces + 3) / 4, sms)), moe::kSumThreads, 0, stream>>>(p);
+        else moe_combine_recv<<<grid(rows), 256, 0, stream>>>(p);
         CHECK_CUDA(cudaStreamEndCapture(stream, &graph));
         CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
         CHECK_CUDA(cudaGraphDestroy(graph));
@@ -900,7 +910,7 @@ void check_all(bool brief) {
         for (int rule = 0; rule < 6; rule++) {
             if (brief && rule != 5) continue;
             Config c;
-            c.R = 2, c.M = 90, c.K = 6, c.E = rule == 4 ? 600 : 64, c.H = rule == 1 ? 100 : 128, c.I = 64, c.input = input;
+            c.R = rule % 3 == 0 ? 1 : 2, c.M = 90, c.K = 6, c.E = rule == 4 ? 600 : 64, c.H = rule == 1 ? 100 : 128, c.I = 64, c.input = input;
             c.scoring = rule < 2 || rule == 4 ? moe::kSoftmax : (rule == 2 ? moe::kTopKSoftmax : moe::kSigmoid);
             c.renormalise = rule == 1 || rule == 5, c.router_bias = rule == 2;
             if (rule >= 3 && rule != 4) c.groups = 8, c.topk_groups = 3, c.scale = 2.5f;
@@ -914,7 +924,7 @@ void check_all(bool brief) {
             for (int variant = 0; variant < 3; variant++) {
                 if (brief && !(in != out && variant == 1)) continue;
                 Config c;
-                c.R = 2, c.M = 37, c.K = 2, c.E = 6, c.H = variant == 2 ? 90 : 128, c.I = 64, c.S = 64;
+                c.R = 1 + (in + variant) % 2, c.M = 37, c.K = 2, c.E = 6, c.H = variant == 2 ? 90 : 128, c.I = 64, c.S = 64;
                 c.hidden_dtype = in, c.out_dtype = out, c.misalign = variant == 1, c.accumulate = variant != 0;
                 c.shared_gate = true;
                 check_layer(c, {kRandom}, 12, brief ? 1 : 3);

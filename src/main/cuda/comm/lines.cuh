@@ -55,6 +55,11 @@ __host__ __device__ constexpr int64_t dispatch_lines_of(int max_tokens, int hidd
 // that a kernel may read it before the one before it has ended.
 struct Here : LocalRank {
     uint8_t* regions[kMaxRanks];
+    int64_t source_bytes;      // dispatch lines of a source
+    int32_t ids_per_line;      // tokens of an id line
+    int32_t id_line_count;
+    int32_t row_lines;         // of a dispatched row
+    int32_t result_lines;      // of a combined row
 
     __device__ __forceinline__ Symmetric of(const StepParams& p, int rank) const {
         return Symmetric{regions[rank], p};
@@ -73,6 +78,13 @@ __device__ __forceinline__ void load_here(Here& here, const StepParams& p) {
     const int rank = static_cast<int>(threadIdx.x) - 64;  // other warps than those above
     if (rank >= 0 && rank < p.num_ranks) {
         here.regions[rank] = p.ranks[rank].symmetric;
+    }
+    if (threadIdx.x == 32 * 5) {
+        here.ids_per_line = tokens_per_id_line(p.top_k);
+        here.id_line_count = id_lines(p.max_tokens, p.top_k);
+        here.row_lines = dispatch_row_lines(p.hidden_pad, p.top_k);
+        here.result_lines = combine_row_lines(p.hidden_pad);
+        here.source_bytes = dispatch_lines_of(p.max_tokens, p.hidden_pad, p.top_k) * kLineBytes;
     }
     __syncthreads();
 }
@@ -96,22 +108,20 @@ __device__ __forceinline__ void load_lines(uint4& value, const uint8_t* address,
 struct Lines {
     uint8_t* base;
     const StepParams& p;
+    const Here& here;
 
     __device__ __forceinline__ Lines(const StepParams& p, const Here& here, int rank)
-        : base(here.regions[rank]), p(p) {}
+        : base(here.regions[rank]), p(p), here(here) {}
 
     __device__ __forceinline__ uint8_t* ids(int source, int line) const {
-        return base + p.off_dispatch_lines +
-               (source * dispatch_lines_of(p.max_tokens, p.hidden_pad, p.top_k) + line) * kLineBytes;
+        return base + p.off_dispatch_lines + source * here.source_bytes + line * kLineBytes;
     }
     __device__ __forceinline__ uint8_t* row(int source, int token) const {
-        return ids(source, id_lines(p.max_tokens, p.top_k)) +
-               static_cast<int64_t>(token) * dispatch_row_lines(p.hidden_pad, p.top_k) * kLineBytes;
+        return ids(source, here.id_line_count) + static_cast<int64_t>(token) * here.row_lines * kLineBytes;
     }
     __device__ __forceinline__ uint8_t* result(int rank, int token) const {
         return base + p.off_combine_lines +
-               (static_cast<int64_t>(rank) * p.max_tokens + token) * combine_row_lines(p.hidden_pad) *
-                   kLineBytes;
+               (static_cast<int64_t>(rank) * p.max_tokens + token) * here.result_lines * kLineBytes;
     }
 };
 

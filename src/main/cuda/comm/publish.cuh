@@ -31,12 +31,13 @@ __device__ __forceinline__ void publish_peer(const LocalRank& me, int peer) {
 
 __device__ __forceinline__ void publish_step(const LocalRank& me) {
     me.totals[kTotalSteps] += 1;
+    // why first: a release waits for what this thread has stored before it, a microsecond to the host
+    ptx::store_release_sys(&me.error->valid_epoch, me.epoch[kThisStep]);
     me.counters->steps = me.totals[kTotalSteps];
     me.counters->dropped_ids = me.totals[kTotalDropped];
     me.counters->duplicate_ids = me.totals[kTotalDuplicates];
     me.counters->over_capacity_tokens = me.totals[kTotalOverCapacity];
     me.counters->lost_rows = me.totals[kTotalLostRows];
-    ptx::store_release_sys(&me.error->valid_epoch, me.epoch[kThisStep]);
 }
 
 }  // namespace moe

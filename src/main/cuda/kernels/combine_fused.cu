@@ -18,7 +18,9 @@ namespace moe {
 
 constexpr int kSumThreads = 512;
 constexpr int kSumWarps = kSumThreads / 32;
-constexpr int kRowsAtOnce = 4;
+template <bool kPeers>
+constexpr int kRowsAtOnce = kPeers ? 4 : 8;  // of a slot's experts; more would spill
+constexpr int kRanksAtOnce = 4;  // whose lines a warp waits for together
 
 template <bool kPeers>
 struct ResultPiece {
@@ -96,11 +98,11 @@ __device__ __forceinline__ bool weighted_piece(const StepParams& p, const Here& 
     float sum[8];
     bool any = false;
     while (left != 0) {
-        uint4 rows[kRowsAtOnce];
-        float weights[kRowsAtOnce];
-        bool here[kRowsAtOnce];
+        uint4 rows[kRowsAtOnce<kPeers>];
+        float weights[kRowsAtOnce<kPeers>];
+        bool here[kRowsAtOnce<kPeers>];
 #pragma unroll
-        for (int i = 0; i < kRowsAtOnce; i++) {
+        for (int i = 0; i < kRowsAtOnce<kPeers>; i++) {
             here[i] = left != 0;
             if (here[i]) {
                 const int k = __ffs(left) - 1;
@@ -111,7 +113,7 @@ __device__ __forceinline__ bool weighted_piece(const StepParams& p, const Here& 
             }
         }
 #pragma unroll
-        for (int i = 0; i < kRowsAtOnce; i++) {
+        for (int i = 0; i < kRowsAtOnce<kPeers>; i++) {
             if (!here[i]) {
                 continue;
             }
@@ -242,12 +244,12 @@ __device__ __forceinline__ bool sum_piece(const StepParams& p, const Here& me, c
     const Lines lines(p, me, me.rank);
     bool any = false;
     while (ranks != 0) {
-        uint4 rows[kRowsAtOnce];
-        int from[kRowsAtOnce];
+        uint4 rows[kRanksAtOnce];
+        int from[kRanksAtOnce];
         uint32_t pending = 0;
         int count = 0;
 #pragma unroll
-        for (int i = 0; i < kRowsAtOnce; i++) {
+        for (int i = 0; i < kRanksAtOnce; i++) {
             from[i] = -1;
             if (ranks != 0) {
                 from[i] = __ffsll(static_cast<long long>(ranks)) - 1;
@@ -260,7 +262,7 @@ __device__ __forceinline__ bool sum_piece(const StepParams& p, const Here& me, c
         LineWait wait(p, me, kOpCombineRecv, epoch);
         while (pending != 0) {
 #pragma unroll
-            for (int i = 0; i < kRowsAtOnce; i++) {
+            for (int i = 0; i < kRanksAtOnce; i++) {
                 if (pending >> i & 1) {
                     load_lines(rows[i], lines.result(from[i], token) + piece.byte, piece.inside);
                 }
@@ -269,7 +271,7 @@ __device__ __forceinline__ bool sum_piece(const StepParams& p, const Here& me, c
             int late_peer = 0;
             uint64_t late_seen = 0;
 #pragma unroll
-            for (int i = 0; i < kRowsAtOnce; i++) {
+            for (int i = 0; i < kRanksAtOnce; i++) {
                 if (!(pending >> i & 1)) {
                     continue;
                 }
@@ -288,7 +290,7 @@ __device__ __forceinline__ bool sum_piece(const StepParams& p, const Here& me, c
             }
         }
 #pragma unroll
-        for (int i = 0; i < kRowsAtOnce; i++) {
+        for (int i = 0; i < kRanksAtOnce; i++) {
             if (i < count) {
                 if (!kSend && from[i] != me.rank) {
                     piece.store(p, mine.combine_row(mine.slot(from[i], token)), rows[i]);  // for inspection
@@ -351,6 +353,20 @@ __device__ __forceinline__ void sum_tokens(const StepParams& p, const Here& me, 
     }
 }
 
+// One warp waits until every member has said that it has read what this rank sent. The flags left their
+// ranks before the rows did, and no payload stands behind them.
+__device__ __forceinline__ void wait_for_flags(const StepParams& p, const Here& me, uint64_t epoch, uint64_t members) {
+    for (int peer = threadIdx.x % 32; peer < p.num_ranks; peer += 32) {
+        if (is_member(members, peer)) {
+            uint64_t waited_ns;
+            wait_for_peer(me.own(p).combine_flags() + peer, epoch, peer, p, me, kOpCombineRecv, waited_ns);
+            me.peer_totals[peer * kPeerWords + kPeerWaitedCombine] = waited_ns;
+            me.peer_totals[peer * kPeerWords + kPeerWaitedTotal] += waited_ns;
+        }
+    }
+    __syncwarp();
+}
+
 // Asks for what dispatch has written for this warp's first pieces, while the experts still run.
 // why that is safe: a kernel that starts before the experts end starts after they have seen dispatch end
 template <bool kPeers>
@@ -405,11 +421,11 @@ __device__ __forceinline__ void combine(const StepParams& p, Here& here) {
     if (!kRecv) {
         return;
     }
+    if (kPeers && blockIdx.x == 0 && threadIdx.x / 32 == kSumWarps - 1) {
+        wait_for_flags(p, me, epoch, members);
+    }
     if (!silent) {
         sum_tokens<kPeers, kSend>(p, me, epoch, mover, movers);
-    }
-    if (kPeers && blockIdx.x == 0) {
-        wait_for_all_peers(me.own(p).combine_flags(), epoch, p, me, kOpCombineRecv, kPeerWaitedCombine);
     }
     __shared__ bool last;
     __syncthreads();
@@ -422,15 +438,15 @@ __device__ __forceinline__ void combine(const StepParams& p, Here& here) {
         return;
     }
     const bool valid = !has_fault(me);
-    if (valid && threadIdx.x < p.num_ranks) {
-        publish_peer(me, threadIdx.x);
+    if (valid && threadIdx.x == 0) {
+        publish_step(me);
+    }
+    if (valid && threadIdx.x >= 32 && threadIdx.x < 32 + p.num_ranks) {
+        publish_peer(me, threadIdx.x - 32);
     }
     if (threadIdx.x == 0) {
         me.arrivals[kCombineDone] = 0;
         me.epoch[kLastStep] = epoch;
-        if (valid) {
-            publish_step(me);
-        }
     }
 }
 

@@ -24,10 +24,11 @@ constexpr int kListBits = 2048;      // words: (expert, 32 slots)
 constexpr int kCachedEntries = 4096;
 constexpr int kLocalExperts = 1024;  // most experts of a rank
 constexpr int kPiecesInFlight = 4;   // of a warp
+constexpr int kUnpackedAtOnce = 3;   // with ids and rows of each; four spill
 constexpr int kEagerTokens = 8;      // read before T is known
 
 struct IndexShared {
-    uint16_t stage[kFusedWarps][kWarpLines * kIdsPerLine];
+    uint16_t stage[kFusedWarps][kIdsPerLine];
     uint16_t entries[kCachedEntries];
     int32_t counts[kLocalExperts];
     int32_t offsets[kLocalExperts + 1];
@@ -248,22 +249,22 @@ __device__ __forceinline__ void unpack_rows(const StepParams& p, const Here& me,
     const int lane = threadIdx.x % 32;
     const int pieces = RowPiece<true>::count(p);
     const int peers = p.num_ranks - 1;
-    const int each = tokens_per_id_line(p.top_k);
+    const int each = me.ids_per_line;
     const Symmetric mine = me.own(p);
     const Lines lines(p, me, me.rank);
     const bool tail = lane % kLanesPerLine == kLanesPerLine - 1;
     // Turns: units (token, piece) one after another, each for all peers
     const int per_peer = p.max_tokens * pieces;
     int idle = 0;
-    for (int next = 0; next / peers * movers + mover < per_peer; next += kPiecesInFlight) {
-        uint4 ids[kPiecesInFlight];
-        uint4 words[kPiecesInFlight];
-        int source[kPiecesInFlight];
-        int token[kPiecesInFlight];
-        int piece_of[kPiecesInFlight];
+    for (int next = 0; next / peers * movers + mover < per_peer; next += kUnpackedAtOnce) {
+        uint4 ids[kUnpackedAtOnce];
+        uint4 words[kUnpackedAtOnce];
+        int source[kUnpackedAtOnce];
+        int token[kUnpackedAtOnce];
+        int piece_of[kUnpackedAtOnce];
         uint32_t pending = 0;
 #pragma unroll
-        for (int i = 0; i < kPiecesInFlight; i++) {
+        for (int i = 0; i < kUnpackedAtOnce; i++) {
             const int turn = (next + i) / peers;
             const int unit = mover + turn * movers;
             const int peer = next + i - turn * peers;
@@ -276,7 +277,7 @@ __device__ __forceinline__ void unpack_rows(const StepParams& p, const Here& me,
         LineWait wait(p, me, kOpDispatchRecv, home.epoch);
         while (pending != 0) {
 #pragma unroll
-            for (int i = 0; i < kPiecesInFlight; i++) {
+            for (int i = 0; i < kUnpackedAtOnce; i++) {
                 if (pending >> i & 1) {
                     const RowPiece<true> piece(p, piece_of[i]);
                     load_lines(ids[i], lines.ids(source[i], token[i] / each) + lane % kLanesPerLine * 16, true);
@@ -287,7 +288,7 @@ __device__ __forceinline__ void unpack_rows(const StepParams& p, const Here& me,
             int late_peer = 0;
             uint64_t late_seen = 0;
 #pragma unroll
-            for (int i = 0; i < kPiecesInFlight; i++) {
+            for (int i = 0; i < kUnpackedAtOnce; i++) {
                 if (!(pending >> i & 1)) {
                     continue;
                 }
@@ -327,7 +328,7 @@ __device__ __forceinline__ void unpack_rows(const StepParams& p, const Here& me,
             }
         }
         // Tokens ascend: when no peer had one, none has a later one
-        idle = live ? 0 : idle + kPiecesInFlight;
+        idle = live ? 0 : idle + kUnpackedAtOnce;
         if (idle >= peers) {
             return;
         }
@@ -400,7 +401,7 @@ struct ListBuilder {
     int begin_of_batch = 0;
 };
 
-// A group of this rank's own tokens, as many as a warp's lines hold: sanitised if the ids are the
+// A group of this rank's own tokens, as many as a line holds: sanitised if the ids are the
 // caller's, kept as received from itself, counted, and told to every peer.
 template <bool kPeers, bool kSend, bool kRecv>
 __device__ __forceinline__ void own_group(const StepParams& p, const Here& me, const HomeTokens& home,
@@ -408,8 +409,8 @@ __device__ __forceinline__ void own_group(const StepParams& p, const Here& me, c
                                           uint32_t (&soft)[3]) {
     const int lane = threadIdx.x % 32;
     const int top_k = p.top_k;
-    const int each = tokens_per_id_line(top_k);
-    const int in_group = kWarpLines * each;
+    const int each = me.ids_per_line;
+    const int in_group = each;  // why one line: more warps sanitise at once
     uint16_t* stage = lists.shared.stage[threadIdx.x / 32];
     const Symmetric own = me.own(p);
     if (kPeers && kSend) {
@@ -434,6 +435,7 @@ __device__ __forceinline__ void own_group(const StepParams& p, const Here& me, c
         const int rank = in_range ? id / p.experts_per_rank : 0;
         bool repeat = false;
         uint64_t ranks = 0;
+#pragma unroll 4
         for (int j = 0; j < top_k; j++) {
             const int from = (of_pass * top_k + j) & 31;
             const int other = __shfl_sync(0xffffffffu, id, from);
@@ -475,8 +477,8 @@ __device__ __forceinline__ void own_group(const StepParams& p, const Here& me, c
     }
     __syncwarp();
     const int part = lane % kLanesPerLine;
-    const int line = group * kWarpLines + lane / kLanesPerLine;
-    const uint16_t* entries = stage + lane / kLanesPerLine * each * top_k;
+    const int line = group;
+    const uint16_t* entries = stage;
     for (int rank = 0; rank < p.num_ranks; rank++) {
         if (rank == me.rank || !is_member(home.members, rank)) {
             continue;
@@ -501,7 +503,7 @@ __device__ __forceinline__ void own_group(const StepParams& p, const Here& me, c
         }
         store_lines(Lines(p, me, rank).ids(me.rank, line) + part * 16,
                     with_epoch(make_uint4(words[0], words[1], words[2], words[3]), part == kLanesPerLine - 1, home.epoch),
-                    line < id_lines(p.max_tokens, top_k));
+                    lane < kLanesPerLine);
     }
     __syncwarp();
 }
@@ -511,9 +513,9 @@ __device__ __forceinline__ bool peer_group(const StepParams& p, const Here& me, 
                                            ListBuilder<true>& lists, int source, int group) {
     const int lane = threadIdx.x % 32;
     const int top_k = p.top_k;
-    const int each = tokens_per_id_line(top_k);
+    const int each = me.ids_per_line;
     const int line = group * kWarpLines + lane / kLanesPerLine;
-    const bool inside = line < id_lines(p.max_tokens, top_k);
+    const bool inside = line < me.id_line_count;
     const bool tail = lane % kLanesPerLine == kLanesPerLine - 1;
     const Symmetric mine = me.own(p);
     const uint8_t* from = Lines(p, me, me.rank).ids(source, line) + lane % kLanesPerLine * 16;
@@ -572,10 +574,8 @@ __device__ __forceinline__ void sum_counts(IndexShared& shared, int experts) {
         shared.warp_sums[warp] = scan;
     }
     __syncthreads();
-    int before = scan - sum;
-    for (int w = 0; w < warp; w++) {
-        before += shared.warp_sums[w];
-    }
+    const int of_warp = lane < kFusedWarps && lane < warp ? shared.warp_sums[lane] : 0;
+    int before = scan - sum + __reduce_add_sync(0xffffffffu, of_warp);
     for (int e = begin; e < end; e++) {
         shared.offsets[e] = before;
         before += shared.counts[e];
@@ -717,9 +717,9 @@ __device__ __forceinline__ void index_ids(const StepParams& p, const Here& me, I
     }
 
     // Own groups first: what is sent before anybody waits
-    const int in_group = kWarpLines * tokens_per_id_line(p.top_k);
-    const int groups = (p.max_tokens + in_group - 1) / in_group;
-    const int own_groups = kPeers && kSend ? groups : (home.count + in_group - 1) / in_group;
+    const int groups = (me.id_line_count + kWarpLines - 1) / kWarpLines;
+    const int own_groups =
+        kPeers && kSend ? me.id_line_count : (home.count + me.ids_per_line - 1) / me.ids_per_line;
     const int items = own_groups + (kPeers && kRecv ? (p.num_ranks - 1) * groups : 0);
     uint32_t soft[3] = {0, 0, 0};
     bool arrived = true;
