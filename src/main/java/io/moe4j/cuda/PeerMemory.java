@@ -184,6 +184,7 @@ final class PeerMemory implements AutoCloseable {
     private String fields(String kernels) {
         Map<String, Object> fields = new LinkedHashMap<>();
         fields.put("maxTokensPerRank", config.maxTokensPerRank());
+        fields.put("wire", DeviceLayout.usesLines(config) ? "lines" : "rows");
         fields.put("shape", config.shape());
         fields.put("handles", config.handles());
         fields.put("activation", config.activation());
