@@ -88,6 +88,7 @@ cp bench/cases.json bench/prefill.json bench/ep.json "$bundle/bench/"
 cp bench/peers/*.py "$bundle/bench/peers/"
 if [ -x target/step_main ]; then
     cp target/step_main "$bundle/step_main"
+    cp target/ep_main "$bundle/ep_main"
 fi
 commit=$(git rev-parse HEAD 2>/dev/null || echo unknown)
 [ -z "$(git status --porcelain 2>/dev/null)" ] || commit="$commit with local changes"

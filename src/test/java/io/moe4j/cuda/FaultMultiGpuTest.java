@@ -18,8 +18,10 @@ import java.nio.ByteBuffer;
 import java.nio.ByteOrder;
 import java.nio.file.Path;
 import java.time.Duration;
+import java.util.ArrayDeque;
 import java.util.ArrayList;
 import java.util.Arrays;
+import java.util.Deque;
 import java.util.List;
 import java.util.Random;
 import java.util.Set;
@@ -346,9 +348,14 @@ class FaultMultiGpuTest {
         Random random = new Random(11);
         float[][][] half = GpuRank.expected(GpuRank.without(Set.of(1), batches[0]), Batch.empty());
         List<Long> heard = new ArrayList<>();
+        Deque<Process> started = new ArrayDeque<>();
         for (int round = 0; round < rounds; round++) {
             Path meeting = folder.resolve("r" + round);
-            Process child = child(meeting);
+            // why: a JVM takes longer to start than a round
+            for (int r = round + started.size(); r < Math.min(rounds, round + 4); r++) {
+                started.add(child(folder.resolve("r" + r)));
+            }
+            Process child = started.remove();
             try (Group group = Group.join(meeting, 0, 2, Duration.ofSeconds(30));
                     GpuRank zero = GpuRank.open(GpuRank.config(), group)) {
                 zero.load(batches[0]);
@@ -376,6 +383,9 @@ class FaultMultiGpuTest {
                 zero.harness.layer.result(0, alone.epoch() + 2);
                 assertThat(zero.output(TOKENS)).isDeepEqualTo(Arrays.copyOf(half[0], TOKENS));
                 graph.close();
+            } catch (RuntimeException | Error e) {
+                started.forEach(Process::destroyForcibly);
+                throw e;
             } finally {
                 child.destroyForcibly();
             }
