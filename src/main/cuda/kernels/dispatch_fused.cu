@@ -249,6 +249,9 @@ __device__ __forceinline__ void unpack_rows(const StepParams& p, const Here& me,
     const int lane = threadIdx.x % 32;
     const int pieces = RowPiece<true>::count(p);
     const int peers = p.num_ranks - 1;
+    if (peers == 0) {
+        return;  // a layer of a group runs once over its own rank alone, when it opens
+    }
     const int each = me.ids_per_line;
     const Symmetric mine = me.own(p);
     const Lines lines(p, me, me.rank);
