@@ -1,7 +1,7 @@
 // Rows in lines that carry the epoch of their step: no flag, no fence. A line is 128 bytes, 30 words of
 // payload and the whole epoch, written by eight lanes of a warp with one store instruction each 16
 // bytes, and read the same way: who sees the epoch has the payload, as long as 128 aligned bytes of one
-// store travel whole (docs/ordering.md; moe_line_test looks whether they do).
+// store travel whole (docs/ordering.md says what that rests on).
 //
 // dispatch_lines of a rank, for each source: the ids of all M tokens, then M rows.
 //   ids    line i: word 0 the source's T, then 16-bit entries of tokens i*each .. , K each: local

@@ -241,66 +241,66 @@ __device__ __forceinline__ bool sum_piece(const StepParams& p, const Here& me, c
         }
         return true;
     } else {
-    const Lines lines(p, me, me.rank);
-    bool any = false;
-    while (ranks != 0) {
-        uint4 rows[kRanksAtOnce];
-        int from[kRanksAtOnce];
-        uint32_t pending = 0;
-        int count = 0;
-#pragma unroll
-        for (int i = 0; i < kRanksAtOnce; i++) {
-            from[i] = -1;
-            if (ranks != 0) {
-                from[i] = __ffsll(static_cast<long long>(ranks)) - 1;
-                ranks &= ranks - 1;
-                rows[i] = own;
-                pending |= from[i] != me.rank ? 1u << i : 0;
-                count++;
-            }
-        }
-        LineWait wait(p, me, kOpCombineRecv, epoch);
-        while (pending != 0) {
+        const Lines lines(p, me, me.rank);
+        bool any = false;
+        while (ranks != 0) {
+            uint4 rows[kRanksAtOnce];
+            int from[kRanksAtOnce];
+            uint32_t pending = 0;
+            int count = 0;
 #pragma unroll
             for (int i = 0; i < kRanksAtOnce; i++) {
-                if (pending >> i & 1) {
-                    load_lines(rows[i], lines.result(from[i], token) + piece.byte, piece.inside);
+                from[i] = -1;
+                if (ranks != 0) {
+                    from[i] = __ffsll(static_cast<long long>(ranks)) - 1;
+                    ranks &= ranks - 1;
+                    rows[i] = own;
+                    pending |= from[i] != me.rank ? 1u << i : 0;
+                    count++;
                 }
             }
-            bool late = false;
-            int late_peer = 0;
-            uint64_t late_seen = 0;
+            LineWait wait(p, me, kOpCombineRecv, epoch);
+            while (pending != 0) {
+#pragma unroll
+                for (int i = 0; i < kRanksAtOnce; i++) {
+                    if (pending >> i & 1) {
+                        load_lines(rows[i], lines.result(from[i], token) + piece.byte, piece.inside);
+                    }
+                }
+                bool late = false;
+                int late_peer = 0;
+                uint64_t late_seen = 0;
+#pragma unroll
+                for (int i = 0; i < kRanksAtOnce; i++) {
+                    if (!(pending >> i & 1)) {
+                        continue;
+                    }
+                    const bool missing = piece.inside && piece.tail && epoch_in(rows[i]) != epoch;
+                    if (missing) {
+                        late = true;
+                        late_peer = from[i];
+                        late_seen = epoch_in(rows[i]);
+                    }
+                    if (!__any_sync(0xffffffffu, missing)) {
+                        pending &= ~(1u << i);
+                    }
+                }
+                if (pending != 0 && !wait.again(late, late_peer, late_seen)) {
+                    return false;
+                }
+            }
 #pragma unroll
             for (int i = 0; i < kRanksAtOnce; i++) {
-                if (!(pending >> i & 1)) {
-                    continue;
+                if (i < count) {
+                    if (!kSend && from[i] != me.rank) {
+                        piece.store(p, mine.combine_row(mine.slot(from[i], token)), rows[i]);  // for inspection
+                    }
+                    add_8(sum, rows[i], any);
+                    any = true;
                 }
-                const bool missing = piece.inside && piece.tail && epoch_in(rows[i]) != epoch;
-                if (missing) {
-                    late = true;
-                    late_peer = from[i];
-                    late_seen = epoch_in(rows[i]);
-                }
-                if (!__any_sync(0xffffffffu, missing)) {
-                    pending &= ~(1u << i);
-                }
-            }
-            if (pending != 0 && !wait.again(late, late_peer, late_seen)) {
-                return false;
             }
         }
-#pragma unroll
-        for (int i = 0; i < kRanksAtOnce; i++) {
-            if (i < count) {
-                if (!kSend && from[i] != me.rank) {
-                    piece.store(p, mine.combine_row(mine.slot(from[i], token)), rows[i]);  // for inspection
-                }
-                add_8(sum, rows[i], any);
-                any = true;
-            }
-        }
-    }
-    return true;
+        return true;
     }
 }
 

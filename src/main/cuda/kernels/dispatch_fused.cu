@@ -99,21 +99,21 @@ __device__ __forceinline__ uint4 load_piece(const StepParams& p, const Here& me,
     if constexpr (!kPeers) {
         return load_8_as_bf16(me.hidden, row + 2 * piece.word, p.hidden - 2 * piece.word, p.hidden_dtype, vectors);
     } else {
-    uint2 half[2];
+        uint2 half[2];
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int word = piece.word + 2 * i;
-        if (word < 0) {
-            const int k = word + header_words(p.top_k);
-            const float* at = weights + static_cast<int64_t>(token) * p.top_k + k;
-            half[i] = make_uint2(__float_as_uint(at[0]), k + 1 < p.top_k ? __float_as_uint(at[1]) : 0);
-        } else if (word < p.hidden_pad / 2) {
-            half[i] = load_4_as_bf16(me.hidden, row + 2 * word, p.hidden - 2 * word, p.hidden_dtype, vectors);
-        } else {
-            half[i] = make_uint2(0, 0);
+        for (int i = 0; i < 2; i++) {
+            const int word = piece.word + 2 * i;
+            if (word < 0) {
+                const int k = word + header_words(p.top_k);
+                const float* at = weights + static_cast<int64_t>(token) * p.top_k + k;
+                half[i] = make_uint2(__float_as_uint(at[0]), k + 1 < p.top_k ? __float_as_uint(at[1]) : 0);
+            } else if (word < p.hidden_pad / 2) {
+                half[i] = load_4_as_bf16(me.hidden, row + 2 * word, p.hidden - 2 * word, p.hidden_dtype, vectors);
+            } else {
+                half[i] = make_uint2(0, 0);
+            }
         }
-    }
-    return make_uint4(half[0].x, half[0].y, half[1].x, half[1].y);
+        return make_uint4(half[0].x, half[0].y, half[1].x, half[1].y);
     }
 }
 
@@ -249,6 +249,9 @@ __device__ __forceinline__ void unpack_rows(const StepParams& p, const Here& me,
     const int lane = threadIdx.x % 32;
     const int pieces = RowPiece<true>::count(p);
     const int peers = p.num_ranks - 1;
+    if (peers == 0) {
+        return;  // a layer of a group runs once over its own rank alone, when it opens
+    }
     const int each = me.ids_per_line;
     const Symmetric mine = me.own(p);
     const Lines lines(p, me, me.rank);

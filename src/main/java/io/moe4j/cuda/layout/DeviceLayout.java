@@ -34,8 +34,11 @@ public final class DeviceLayout {
 
     private static final int LINE_WORDS = 30;
 
-    /** Rows with up to so many bytes for a peer in a step travel in lines: measured. */
-    private static final long LINES_UP_TO = 128L * 7168 * 2;
+    /**
+     * Slots of a rank, R · M, up to which rows travel in lines: measured with two ranks, where
+     * lines win at 256 tokens and lose at 512 of H 2048, since one block builds the lists.
+     */
+    private static final long LINES_UP_TO = 512;
 
     /** What the one block that builds the lists holds: 32 slots a word. */
     private static final int MAX_LISTED_SLOTS = 2048 * 32;
@@ -158,8 +161,8 @@ public final class DeviceLayout {
         if (!possible || wanted.equals("rows")) {
             return false;
         }
-        long bytes = 2L * config.maxTokensPerRank() * pad(config.shape().hidden());
-        return wanted.equals("lines") || (config.group() != null && bytes <= LINES_UP_TO);
+        long slots = (long) config.ranks() * config.maxTokensPerRank();
+        return wanted.equals("lines") || (config.group() != null && slots <= LINES_UP_TO);
     }
 
     /**
