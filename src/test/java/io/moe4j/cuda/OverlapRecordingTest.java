@@ -319,7 +319,7 @@ class OverlapRecordingTest {
         }
         return kernel.matches("moe_(shared|gate|down|experts).*")
                 ? "experts"
-                : kernel.substring("moe_".length());
+                : kernel.substring("moe_".length()).replace("_lines", "");
     }
 
     @Test

@@ -5,6 +5,8 @@ import static org.assertj.core.api.Assertions.catchThrowable;
 
 import io.moe4j.BackendMemory;
 import io.moe4j.BoundStep;
+import io.moe4j.GraphPart;
+import io.moe4j.LanePart;
 import io.moe4j.MoeLayer;
 import io.moe4j.Phase;
 import io.moe4j.ProgressListener;
@@ -46,6 +48,8 @@ final class UseAfterClose {
         calls.put("enqueue", () -> layer.enqueue(stream, step));
         calls.put("enqueue of phases", () -> layer.enqueue(stream, step, Phase.ROUTE, Phase.ROUTE));
         calls.put("capture", () -> layer.capture(stream, step));
+        LanePart whole = new LanePart(GraphPart.whole(step), 0, List.of());
+        calls.put("lanes", () -> layer.lanes(List.of(whole)));
         calls.put("synchronize", () -> layer.synchronize(stream));
         calls.put("readRouting", () -> layer.readRouting(0, new int[64], new float[64]));
         calls.put("inspect", () -> layer.inspect(0, 0));

@@ -9,6 +9,7 @@ import io.moe4j.MoeGraph;
 import io.moe4j.MoeLayer;
 import io.moe4j.Phase;
 import io.moe4j.StepTensors;
+import io.moe4j.overlap.TwoBatchOverlap;
 import io.moe4j.tensor.DType;
 import io.moe4j.tensor.Tensor;
 import java.util.ArrayList;
@@ -103,5 +104,16 @@ public final class GraphExample {
                         new GraphPart(a, Phase.COMBINE_RECV, Phase.COMBINE_RECV),
                         new GraphPart(b, Phase.COMBINE_RECV, Phase.COMBINE_RECV)));
     }
+
     // docs: end handles
+
+    // docs: begin overlap
+    static void overlapped(BoundStep a, BoundStep b, long stream) {
+        try (TwoBatchOverlap overlap = TwoBatchOverlap.of(a, b); // or lists, layer by layer
+                MoeGraph graph = overlap.capture(stream)) {
+            graph.launch(stream); // both batches; any T and any routing at each launch
+            graph.launch(stream);
+        }
+    }
+    // docs: end overlap
 }

@@ -86,6 +86,29 @@ class GraphExampleTest {
     }
 
     @Test
+    void shouldOverlapTwoMicroBatches() {
+        try (Rig rig = new Rig()) {
+            List<float[]> eager = new ArrayList<>();
+            for (int i = 0; i < 2; i++) {
+                rig.write(i, batch(5 + i, 40 + i));
+                rig.layer.enqueue(0L, rig.steps.get(i));
+                eager.add(rig.read(i));
+            }
+            rig.layer.memory().write(rig.tensors.get(0).out(), zeros());
+            rig.layer.memory().write(rig.tensors.get(1).out(), zeros());
+            GraphExample.overlapped(rig.steps.get(0), rig.steps.get(1), 0L);
+            assertThat(Arrays.copyOf(rig.read(0), 5 * SHAPE.hidden()))
+                    .isEqualTo(Arrays.copyOf(eager.get(0), 5 * SHAPE.hidden()));
+            assertThat(Arrays.copyOf(rig.read(1), 6 * SHAPE.hidden()))
+                    .isEqualTo(Arrays.copyOf(eager.get(1), 6 * SHAPE.hidden()));
+        }
+    }
+
+    private static Tensor zeros() {
+        return Tensor.allocateHost(DType.F32, M, SHAPE.hidden());
+    }
+
+    @Test
     void shouldChainTwoLayersInOneGraph() {
         MoeConfig other = CONFIG.toBuilder().weights(RandomWeights.of(SHAPE, 2)).build();
         try (Rig rig = new Rig();
