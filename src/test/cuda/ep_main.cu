@@ -747,7 +747,7 @@ void faults(int gpus) {
                    name + "missing rank " + group.record(0));
             std::printf("%smissing rank: %.1f ms for 3 replays; %s\n", name.c_str(), took * 1e3, group.record(0).c_str());
             CHECK_CUDA(cudaSetDevice(1));
-            expect(group.get(group.region_at<const uint64_t>(1, group.params[0].off_abort_words), 1)[0] == 1, name + "abort word at the missing rank");
+            expect(group.get(group.region_at<const uint64_t>(1, group.params[0].off_abort_words), 1)[0] == (2ull << 32 | 1), name + "abort word at the missing rank");
             // It comes late, three steps: the first finds what was sent, later ones end by the abort
             start = Clock::now();
             for (int i = 0; i < 3; i++) group.launch(1, f);
@@ -820,8 +820,26 @@ void faults(int gpus) {
         expect(group.ranks[1].error->code == moe::kPeerAbort && took < 0.1, name + group.record(1));
         std::printf("%s%s; the peer ends after %.2f ms: %s\n", name.c_str(), group.record(0).c_str(), took * 1e3, group.record(1).c_str());
 
-        // Rank 3 of 4 is left out and runs on alone
+        // Rank 2 of 4 says that rank 3 is gone: ranks 0 and 1 put it down to rank 3, not to rank 2
         c.R = 4, c.timeout_ns = 500000000;
+        {
+            Group told(c);
+            for (int g = 0; g < 2; g++) use(g), told.make_inputs(g, 7, 0, 12);
+            const uint64_t word = 4ull << 32 | 1;
+            for (int r = 0; r < 2; r++) {
+                CHECK_CUDA(cudaMemcpy(told.region_at<uint64_t>(r, told.params[0].off_abort_words) + 2, &word, 8,
+                                      cudaMemcpyHostToDevice));
+            }
+            CHECK_CUDA(cudaSetDevice(0));
+            told.launch_part(0, kFused, 0);
+            CHECK_CUDA(cudaStreamSynchronize(told.streams[0]));
+            for (int r = 0; r < 2; r++) {
+                expect(told.ranks[r].error->code == moe::kPeerAbort && told.ranks[r].error->peer == 3,
+                       std::string(kWireNames[wire]) + " the cause is passed on: " + told.record(r));
+            }
+        }
+
+        // Rank 3 of 4 is left out and runs on alone
         Group four(c);
         for (int g = 0; g < 2; g++) use(g), four.make_inputs(g, 9, 0, 12);
         one_step(four, 0, kFused, "four ranks");

@@ -812,7 +812,7 @@ void check_timeout(bool timed) {
                e.waited_ns < 100 * c.timeout_ns && e.valid_epoch == 0 && l.counters[0].steps == 0,
            "a missing peer is reported", c.text(), detail);
     const auto told = l.get(reinterpret_cast<const uint64_t*>(l.region(1) + l.p.off_abort_words), 1);
-    expect(told[0] == 1, "a fault is told to the peers", c.text(), std::to_string(told[0]));
+    expect(told[0] == (2ull << 32 | 1), "a fault is told to the peers", c.text(), std::to_string(told[0]));
     expect(l.ranks[0].out == l.ranks[0].out_before, "a faulted step writes no output", c.text());
     const float us = l.time_us(1);
     expect(!timed || us < 5000, "replays after a fault do not wait", c.text(), std::to_string(us));

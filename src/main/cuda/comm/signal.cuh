@@ -13,8 +13,8 @@
 
 namespace moe {
 
-// Words of LocalRank::arrivals. The last is no counter: 1 once this rank's error record is claimed.
-// It stays set until the host clears it.
+// Words of LocalRank::arrivals. The last is no counter: once this rank's error record is claimed, 1 + the
+// rank that the fault is put down to. It stays set until the host clears it.
 enum ArrivalWord { kDispatchSent = 0, kCombineSent = 1, kCombineDone = 2, kFaultClaimed = 7 };
 
 // Words of LocalRank::epoch.
@@ -33,7 +33,7 @@ __device__ __forceinline__ bool has_fault(const LocalRank& me) {
 __device__ __forceinline__ bool claim_error_record(const LocalRank& me, FaultCode code, FaultOp op,
                                                    int peer, uint64_t expected, uint64_t seen,
                                                    uint64_t waited_ns) {
-    if (atomicCAS(me.arrivals + kFaultClaimed, 0u, 1u) != 0) {
+    if (atomicCAS(me.arrivals + kFaultClaimed, 0u, 1u + static_cast<uint32_t>(peer)) != 0) {
         return false;
     }
     ErrorRecord* record = me.error;
@@ -47,15 +47,18 @@ __device__ __forceinline__ bool claim_error_record(const LocalRank& me, FaultCod
     return true;
 }
 
-// What a rank's abort word holds after a fault in this generation. An older one means nothing.
-__device__ __forceinline__ uint64_t abort_of(uint64_t epoch) {
-    return (epoch >> kGenerationShift) + 1;
+// The lower half of an abort word: 1 + the generation of the fault. An older one means nothing. The upper
+// half is 1 + the rank that the fault is put down to, 0 if the word is the host's.
+__device__ __forceinline__ uint32_t abort_of(uint64_t epoch) {
+    return static_cast<uint32_t>(epoch >> kGenerationShift) + 1;
 }
 
+// Of a rank that has a fault.
 __device__ __forceinline__ void tell_peer(const StepParams& p, const LocalRank& me, int peer) {
     if (peer != me.rank && is_member(*me.members, peer)) {
+        const uint64_t cause = ptx::load_relaxed_gpu(me.arrivals + kFaultClaimed);
         ptx::store_release_sys(symmetric_of(p, peer).abort_words() + me.rank,
-                               abort_of(me.epoch[kThisStep]));
+                               cause << 32 | abort_of(me.epoch[kThisStep]));
     }
 }
 
@@ -76,17 +79,20 @@ __device__ __forceinline__ uint64_t bound_of(const StepParams& p, uint64_t epoch
     return first ? p.first_timeout_ns : p.timeout_ns;
 }
 
-// The member that has told of a fault in this generation, or -1.
-__device__ __forceinline__ int aborted_peer(const StepParams& p, const LocalRank& me, uint64_t epoch) {
+// The rank that a member's fault of this generation is put down to, or -1 if none has told of one. why not
+// the member: it may be as healthy as this rank, and only have waited longer. A rank that others have given
+// up names the one that did.
+__device__ __forceinline__ int cause_of_abort(const StepParams& p, const LocalRank& me, uint64_t epoch) {
     const uint64_t* words = symmetric_of(p, me.rank).abort_words();
     const uint64_t members = *me.members;
-    int peer = -1;
     for (int r = 0; r < p.num_ranks; r++) {
-        if (ptx::load_relaxed_sys(words + r) == abort_of(epoch) && is_member(members, r) && r != me.rank) {
-            peer = r;
+        const uint64_t word = ptx::load_relaxed_sys(words + r);
+        if (static_cast<uint32_t>(word) == abort_of(epoch) && is_member(members, r) && r != me.rank) {
+            const int cause = static_cast<int>(word >> 32) - 1;
+            return cause >= 0 && cause < p.num_ranks && cause != me.rank ? cause : r;
         }
     }
-    return peer;
+    return -1;
 }
 
 // Ends a wait that lasts: by its bound, by an abort of any member, or because another wait of this
@@ -98,9 +104,9 @@ __device__ __noinline__ bool wait_is_over(const StepParams& p, const LocalRank& 
         return true;
     }
     const uint64_t waited = ptx::globaltimer_ns() - start;
-    const int aborted = aborted_peer(p, me, epoch);
-    if (aborted >= 0) {
-        fail_wait(p, me, kPeerAbort, op, aborted, epoch, seen, waited);
+    const int cause = cause_of_abort(p, me, epoch);
+    if (cause >= 0) {
+        fail_wait(p, me, kPeerAbort, op, cause, epoch, seen, waited);
         return true;
     }
     if (waited > bound_of(p, epoch)) {

@@ -9,7 +9,8 @@
 //
 //   dispatch_flags  u64 [R]        epoch of the newest rows of source rank s
 //   combine_flags   u64 [R]        epoch of the newest results of expert rank r
-//   abort_words     u64 [R]        1 + the newest generation in which rank s had a fault
+//   abort_words     u64 [R]        1 + the newest generation in which rank s had a fault; above bit 32,
+//                                  1 + the rank that it puts it down to
 //   recv_tokens     i32 [R]        T of source rank s in that epoch
 //   recv_ids        i32 [R][M][K]  local expert ids, -1: not on this rank
 //   recv_weights    f32 [R][M][K]

@@ -69,7 +69,10 @@ public interface Group extends AutoCloseable {
      */
     CompletableFuture<Void> announce(String what);
 
-    /** Leaves the group: the others hear of it; what waits here ends. Idempotent; does not wait. */
+    /**
+     * Leaves the group: the others hear of it; what waits here ends. Idempotent; waits for nobody,
+     * only until what this rank has said is on its way, two seconds at most.
+     */
     @Override
     void close();
 

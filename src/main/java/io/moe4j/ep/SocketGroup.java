@@ -16,6 +16,8 @@ import java.util.HashSet;
 import java.util.Locale;
 import java.util.Set;
 import java.util.TreeSet;
+import java.util.concurrent.CountDownLatch;
+import java.util.concurrent.TimeUnit;
 
 /**
  * A member of a group of processes: one socket to every other rank. Rank r connects to the ranks
@@ -31,8 +33,13 @@ final class SocketGroup extends MeshGroup {
     /** Said of a rank whose end was cut off: only the death of a process does that. */
     private static final String GONE = "has gone: its process ended";
 
+    /** How long close may take to send what is still to be sent; sockets of one host are faster. */
+    private static final long FLUSH_SECONDS = 2;
+
     private final Selector selector;
     private final Peer[] peers;
+    private final Thread mover;
+    private final CountDownLatch flushed = new CountDownLatch(1);
     private volatile boolean leaving;
 
     /** One socket; what is to be sent is guarded by itself. */
@@ -61,9 +68,9 @@ final class SocketGroup extends MeshGroup {
                 channels[r].register(selector, SelectionKey.OP_READ, peers[r]);
             }
         }
-        Thread thread = new Thread(this::move, "moe4j-group-rank-" + rank);
-        thread.setDaemon(true);
-        thread.start();
+        mover = new Thread(this::move, "moe4j-group-rank-" + rank);
+        mover.setDaemon(true);
+        mover.start();
     }
 
     // ------------------------------------------------------------------ joining
@@ -332,10 +339,19 @@ final class SocketGroup extends MeshGroup {
         selector.wakeup();
     }
 
+    /** why a wait: the process may end next, and the others still need what was said last. */
     @Override
     void disconnect() {
         leaving = true;
         selector.wakeup();
+        if (Thread.currentThread() == mover) {
+            return;
+        }
+        try {
+            flushed.await(FLUSH_SECONDS, TimeUnit.SECONDS);
+        } catch (InterruptedException e) {
+            Thread.currentThread().interrupt();
+        }
     }
 
     /** The thread: moves frames until this rank and all others have left. */
@@ -351,6 +367,9 @@ final class SocketGroup extends MeshGroup {
             while (!open.isEmpty()) {
                 if (leaving && end == Long.MAX_VALUE) {
                     end = System.nanoTime() + limit().toNanos();
+                }
+                if (leaving && sentAll(open)) {
+                    flushed.countDown();
                 }
                 if (leaving && (sentAll(open) && alone() || System.nanoTime() - end > 0)) {
                     break;
@@ -380,6 +399,7 @@ final class SocketGroup extends MeshGroup {
                 lost(peer.rank, "is out of reach: " + e);
             }
         }
+        flushed.countDown();
         for (Peer peer : open) {
             closeQuietly(peer.channel);
             lost(peer.rank, "was left: this group is closed");
@@ -408,22 +428,31 @@ final class SocketGroup extends MeshGroup {
     /** Reads and writes what can be; returns why the channel is of no use any more, or null. */
     private String serve(Peer peer, SelectionKey key) {
         try {
-            if (key.isWritable()) {
-                synchronized (peer.out) {
-                    while (!peer.out.isEmpty()) {
-                        peer.channel.write(peer.out.peek());
-                        if (peer.out.peek().hasRemaining()) {
-                            break;
-                        }
-                        peer.out.poll();
-                    }
-                }
-            }
-            return key.isReadable() ? receive(peer) : null;
+            boolean writable = !key.isWritable() || send(peer);
+            String broken = key.isReadable() || !writable ? receive(peer) : null;
+            return broken == null && !writable ? GONE : broken;
         } catch (IOException e) {
             return GONE; // why not the reason: what a dead process did not read resets the socket
         } catch (Frame.Malformed e) {
             return "sent " + e.getMessage();
+        }
+    }
+
+    /** False if the other end takes nothing any more; what it said before is still to be read. */
+    private static boolean send(Peer peer) {
+        synchronized (peer.out) {
+            try {
+                while (!peer.out.isEmpty()) {
+                    peer.channel.write(peer.out.peek());
+                    if (peer.out.peek().hasRemaining()) {
+                        break;
+                    }
+                    peer.out.poll();
+                }
+                return true;
+            } catch (IOException e) {
+                return false;
+            }
         }
     }
 
