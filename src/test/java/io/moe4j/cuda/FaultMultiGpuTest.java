@@ -343,6 +343,7 @@ class FaultMultiGpuTest {
     @TempDir Path folder;
 
     @Test
+    @Timeout(600) // a hundred rounds and more, each a bound and a process
     void shouldNameAProcessThatWasKilledAtARandomMomentAndRunOnWithoutIt() throws Exception {
         int rounds = Integer.getInteger("moe4j.kills", 4);
         Random random = new Random(11);
@@ -384,6 +385,8 @@ class FaultMultiGpuTest {
                 assertThat(zero.output(TOKENS)).isDeepEqualTo(Arrays.copyOf(half[0], TOKENS));
                 graph.close();
             } catch (RuntimeException | Error e) {
+                System.out.println(
+                        "KILLS failed in round " + round + " of " + rounds + ": " + heard);
                 started.forEach(Process::destroyForcibly);
                 throw e;
             } finally {

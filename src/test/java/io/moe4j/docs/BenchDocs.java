@@ -27,6 +27,9 @@ final class BenchDocs {
     private final BenchReport experts;
     private final BenchReport portable;
     private final BenchReport chain;
+    private final Path epFolder;
+    private final BenchReport pairs;
+    private final List<BenchReport> layers = new ArrayList<>();
 
     BenchDocs() throws IOException {
         try (Stream<Path> folders = Files.list(RESULTS)) {
@@ -40,6 +43,11 @@ final class BenchDocs {
         Path ptx = folder.resolve("experts-ptx.json");
         portable = Files.exists(ptx) ? BenchReport.read(ptx) : null;
         chain = Files.exists(steps) ? BenchReport.read(steps) : null;
+        epFolder = newest("ep-pairs.json");
+        pairs = BenchReport.read(epFolder.resolve("ep-pairs.json"));
+        for (String model : List.of("qwen3-30b-a3b", "qwen3-235b-a22b", "deepseek-r1")) {
+            layers.add(BenchReport.read(epFolder.resolve("ep-" + model + ".json")));
+        }
     }
 
     /** All reports under bench/results; what peers.py wrote is none. */
@@ -67,9 +75,96 @@ final class BenchDocs {
     Map<Path, Map<String, String>> regions() {
         return Map.of(
                 Path.of("README.md"),
-                Map.of("measured", measured("")),
+                Map.of("measured", measured(""), "pairs", pairs("")),
                 Path.of("docs/benchmarks.md"),
-                Map.of("figures", figures()));
+                Map.of("figures", figures(), "ep", pairs("../") + "\n" + groups()));
+    }
+
+    /** The newest folder that has a file. */
+    private static Path newest(String file) throws IOException {
+        try (Stream<Path> folders = Files.list(RESULTS)) {
+            return folders.filter(f -> Files.exists(f.resolve(file)))
+                    .max(Comparator.comparing(Path::getFileName))
+                    .orElseThrow();
+        }
+    }
+
+    /** Dispatch and combine alone, beside what collectives took in the same run. */
+    private String pairs(String up) {
+        Map<String, String> where = pairs.environment();
+        StringBuilder text = new StringBuilder();
+        text.append("One dispatch and one combine over GPUs of one host, bf16, top-8, uniform ");
+        text.append("routing, in a CUDA graph, the slowest rank; ").append(where.get("gpu"));
+        text.append(", NVLink, driver ").append(where.get("driver")).append(", commit ");
+        text.append(where.get("commit")).append(" ([").append(epFolder.getFileName());
+        text.append("](").append(up).append(epFolder).append("/ep-pairs.md)). NCCL is that of ");
+        text.append("the same run: all-gather and reduce-scatter, or two all-to-alls; the others");
+        text.append(
+                " are recorded. The collectives neither count rows nor build lists of them.\n\n");
+        text.append("| GPUs | H | T | µs | aim | fastest NCCL collectives | vs it |");
+        text.append(" DeepEP LL | vs it | fastest NCCL EP | vs it |\n");
+        text.append("|---|---|---|---|---|---|---|---|---|---|---|\n");
+        for (BenchRow row : pairs.rows()) {
+            if (!row.mode().equals("graph")) {
+                continue;
+            }
+            Double nccl = row.runPeerUs();
+            Double deepEp = row.peersUs().get("deepep_ll");
+            Double ncclEp =
+                    row.peersUs().entrySet().stream()
+                            .filter(e -> e.getKey().startsWith("nccl_ep"))
+                            .map(Map.Entry::getValue)
+                            .min(Comparator.naturalOrder())
+                            .orElse(null);
+            text.append(
+                    line(
+                            row.ep(),
+                            row.hidden(),
+                            row.tokens(),
+                            us(row.medianUs()),
+                            us(row.aimUs()),
+                            us(nccl),
+                            ratio(over(nccl, row)),
+                            us(deepEp),
+                            ratio(over(deepEp, row)),
+                            us(ncclEp),
+                            ratio(over(ncclEp, row))));
+        }
+        return text.toString();
+    }
+
+    private static Double over(Double peer, BenchRow row) {
+        return peer == null ? null : peer / row.medianUs();
+    }
+
+    /** Whole steps of a group beside what they are made of. */
+    private String groups() {
+        StringBuilder text = new StringBuilder();
+        text.append("Whole steps over the same GPUs, ids given, without the shared expert, cold ");
+        text.append(
+                "weights: the experts and the pair measured alone, the step, and its floor.\n\n");
+        text.append("| model | GPUs | T | pair µs | experts µs | step µs | × (experts + pair) |");
+        text.append(" floor µs | × floor |\n|---|---|---|---|---|---|---|---|---|\n");
+        for (BenchReport report : layers) {
+            Map<String, BenchRow> stage = new LinkedHashMap<>();
+            for (BenchRow row : report.rows()) {
+                stage.put(row.stage(), row);
+                if (row.stage().equals("step")) {
+                    text.append(
+                            line(
+                                    row.model(),
+                                    row.ep(),
+                                    row.tokens(),
+                                    us(stage.get("pair").medianUs()),
+                                    us(stage.get("ch").medianUs()),
+                                    us(row.medianUs()),
+                                    ratio(row.medianUs() / row.baselineUs()),
+                                    us(row.floorUs()),
+                                    ratio(row.timesFloor())));
+                }
+            }
+        }
+        return text.toString();
     }
 
     private String figures() {
