@@ -6,6 +6,7 @@ import io.moe4j.MemoryPlan;
 import io.moe4j.Moe;
 import io.moe4j.MoeConfig;
 import io.moe4j.RoutingInput;
+import io.moe4j.ep.Group;
 import io.moe4j.weights.Checkpoint;
 import java.io.IOException;
 import java.nio.file.Path;
@@ -38,6 +39,14 @@ final class PlanCommand extends BaseCommand {
             defaultValue = "1",
             description = "Ranks (default: ${DEFAULT-VALUE}).")
     private int ranks;
+
+    @Option(
+            names = "--gpus",
+            paramLabel = "N",
+            description = {
+                "Ranks on a GPU each: the plan is that of one of them (CUDA; instead of --ranks)."
+            })
+    private Integer gpus;
 
     @Option(
             names = "--max-tokens",
@@ -96,13 +105,19 @@ final class PlanCommand extends BaseCommand {
     }
 
     private int plan(MoeConfig.Builder layerConfig) throws IOException {
-        MoeConfig config =
-                layerConfig
-                        .routingInput(RoutingInput.HIDDEN)
-                        .ranks(ranks)
-                        .maxTokensPerRank(maxTokens)
-                        .backend(backend.toString())
-                        .build();
+        layerConfig
+                .routingInput(RoutingInput.HIDDEN)
+                .maxTokensPerRank(maxTokens)
+                .backend(backend.toString());
+        if (gpus == null) {
+            layerConfig.ranks(ranks);
+        } else if (ranks != 1) {
+            throw new IllegalArgumentException(
+                    "--gpus=" + gpus + " and --ranks=" + ranks + ": give one of them");
+        } else {
+            layerConfig.backend("cuda").group(Group.inProcess(gpus).get(0));
+        }
+        MoeConfig config = layerConfig.build();
         MemoryPlan plan = Moe.plan(config);
         OptionalInt largest =
                 budgetBytes == null

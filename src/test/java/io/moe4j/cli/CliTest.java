@@ -289,6 +289,20 @@ class CliTest {
     }
 
     @Test
+    void shouldPlanOneRankOfSeveralGpus() {
+        Run both = run("plan", "--preset", "qwen3-30b-a3b", "--backend", "cuda", "--ranks", "2");
+        Run one = run("plan", "--preset", "qwen3-30b-a3b", "--gpus", "2");
+        assertThat(one.exitCode()).as(one.err()).isEqualTo(ExitCodes.OK);
+        assertThat(both.out())
+                .contains("w_gate_up               768.0 MiB")
+                .doesNotContain("lines");
+        assertThat(one.out()).contains("w_gate_up               384.0 MiB", "dispatch_lines");
+        Run confused = run("plan", "--preset", "qwen3-30b-a3b", "--gpus", "2", "--ranks", "4");
+        assertThat(confused.exitCode()).isEqualTo(ExitCodes.BAD_INPUT);
+        assertThat(confused.err()).contains("--gpus=2 and --ranks=4: give one of them");
+    }
+
+    @Test
     void shouldPlanAPresetAndFindTheLargestBatchInABudget() throws IOException {
         Run run =
                 run(
