@@ -89,54 +89,30 @@ public record BenchRow(
         Double aimUs) {
     /** This row beside peers that were measured in the same run, by name; at least one. */
     BenchRow withRunPeers(Map<String, Double> us) {
-        Map.Entry<String, Double> best =
-                us.entrySet().stream().min(Map.Entry.comparingByValue()).orElseThrow();
-        return new BenchRow(
-                bench,
-                number,
-                model,
-                hidden,
-                intermediate,
-                experts,
-                topK,
-                ep,
-                tokens,
-                routing,
-                stage,
-                backend,
-                mode,
-                cache,
-                weightSets,
-                rows,
-                hitExperts,
-                medianUs,
-                p20Us,
-                p80Us,
-                samples,
-                tflops,
-                gbPerS,
-                floorUs,
-                timesFloor,
-                baseline,
-                baselineUs,
-                fasterThanBaseline,
-                peer,
-                peerUs,
-                fasterThanPeer,
-                peersUs,
-                error,
-                best.getKey(),
-                best.getValue(),
-                best.getValue() / medianUs,
-                us,
-                kernels,
-                aimUs);
+        return with(mode, floorUs, peersUs, us, kernels, aimUs);
     }
 
     /** This row of a group of GPUs, with what it is compared with there; peers may be empty. */
     BenchRow of(String timedMode, double floor, Map<String, Double> recorded, Double aim) {
-        Map.Entry<String, Double> best =
-                recorded.entrySet().stream().min(Map.Entry.comparingByValue()).orElse(null);
+        Map<String, Double> known = recorded.isEmpty() ? null : recorded;
+        return with(timedMode, floor, known, runPeersUs, kernels, aim);
+    }
+
+    /** This row with the kernels that were timed. */
+    BenchRow withKernels(String names) {
+        return with(mode, floorUs, peersUs, runPeersUs, names, aimUs);
+    }
+
+    /** A copy with other values, and what follows from them; peers may be null. */
+    private BenchRow with(
+            String newMode,
+            Double newFloorUs,
+            Map<String, Double> newPeersUs,
+            Map<String, Double> newRunPeersUs,
+            String newKernels,
+            Double newAimUs) {
+        Map.Entry<String, Double> best = fastest(newPeersUs);
+        Map.Entry<String, Double> bestOfRun = fastest(newRunPeersUs);
         return new BenchRow(
                 bench,
                 number,
@@ -150,7 +126,7 @@ public record BenchRow(
                 routing,
                 stage,
                 backend,
-                timedMode,
+                newMode,
                 cache,
                 weightSets,
                 rows,
@@ -161,66 +137,28 @@ public record BenchRow(
                 samples,
                 tflops,
                 gbPerS,
-                floor,
-                medianUs / floor,
+                newFloorUs,
+                newFloorUs == null ? null : Double.valueOf(medianUs / newFloorUs),
                 baseline,
                 baselineUs,
                 fasterThanBaseline,
                 best == null ? null : best.getKey(),
                 best == null ? null : best.getValue(),
-                best == null ? null : best.getValue() / medianUs,
-                recorded.isEmpty() ? null : recorded,
+                best == null ? null : Double.valueOf(best.getValue() / medianUs),
+                newPeersUs,
                 error,
-                runPeer,
-                runPeerUs,
-                fasterThanRunPeer,
-                runPeersUs,
-                kernels,
-                aim);
+                bestOfRun == null ? null : bestOfRun.getKey(),
+                bestOfRun == null ? null : bestOfRun.getValue(),
+                bestOfRun == null ? null : Double.valueOf(bestOfRun.getValue() / medianUs),
+                newRunPeersUs,
+                newKernels,
+                newAimUs);
     }
 
-    /** This row with the kernels that were timed. */
-    BenchRow withKernels(String names) {
-        return new BenchRow(
-                bench,
-                number,
-                model,
-                hidden,
-                intermediate,
-                experts,
-                topK,
-                ep,
-                tokens,
-                routing,
-                stage,
-                backend,
-                mode,
-                cache,
-                weightSets,
-                rows,
-                hitExperts,
-                medianUs,
-                p20Us,
-                p80Us,
-                samples,
-                tflops,
-                gbPerS,
-                floorUs,
-                timesFloor,
-                baseline,
-                baselineUs,
-                fasterThanBaseline,
-                peer,
-                peerUs,
-                fasterThanPeer,
-                peersUs,
-                error,
-                runPeer,
-                runPeerUs,
-                fasterThanRunPeer,
-                runPeersUs,
-                names,
-                aimUs);
+    private static Map.Entry<String, Double> fastest(Map<String, Double> us) {
+        return us == null
+                ? null
+                : us.entrySet().stream().min(Map.Entry.comparingByValue()).orElse(null);
     }
 
     /** Name of the fastest peer, measured beside this run or recorded; null if there is none. */
