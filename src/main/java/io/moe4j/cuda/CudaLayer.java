@@ -23,17 +23,13 @@ import io.moe4j.cuda.driver.Context;
 import io.moe4j.cuda.driver.CudaException;
 import io.moe4j.cuda.driver.DeviceBuffer;
 import io.moe4j.cuda.driver.GraphExec;
-import io.moe4j.cuda.driver.KernelParams;
 import io.moe4j.cuda.driver.ParamArena;
-import io.moe4j.cuda.driver.PinnedBuffer;
 import io.moe4j.cuda.driver.Scope;
 import io.moe4j.cuda.driver.Stream;
 import io.moe4j.cuda.kernel.Kernel;
 import io.moe4j.cuda.kernel.KernelCatalog;
 import io.moe4j.cuda.kernel.LoadedKernels;
-import io.moe4j.cuda.layout.CStruct;
 import io.moe4j.cuda.layout.DeviceLayout;
-import io.moe4j.cuda.layout.DeviceStructs;
 import io.moe4j.cuda.layout.Region;
 import io.moe4j.ep.Group;
 import io.moe4j.ep.PeerStatistics;
@@ -93,9 +89,10 @@ final class CudaLayer implements MoeLayer {
     private PeerMemory peers;
 
     private LoadedKernels kernels;
+    private StepFlow flow;
     private long weightsBase;
     private CudaHandle[] handles;
-    private ParamArena arena;
+    private StepPacker packer;
     private int graphs;
     private boolean freed;
     private int generation;
@@ -193,6 +190,7 @@ final class CudaLayer implements MoeLayer {
 
     private void allocate(ProgressListener progress) {
         kernels = own(catalog.load(context, config));
+        flow = new StepFlow(context, kernels, config.localRanks());
         DeviceBuffer weights = own(new DeviceBuffer(context, layout.weights().size()));
         weightsBase = weights.address();
         handles = new CudaHandle[config.handles()];
@@ -205,7 +203,8 @@ final class CudaLayer implements MoeLayer {
                                     config,
                                     peers == null ? null : peers::allocate));
         }
-        arena = own(new ParamArena(context));
+        ParamArena arena = own(new ParamArena(context));
+        packer = new StepPacker(this, context, layout, arena);
         try (CudaWeights upload = new CudaWeights(context, kernels, config, layout, weightsBase)) {
             upload.run(progress);
         }
@@ -225,11 +224,9 @@ final class CudaLayer implements MoeLayer {
             context.driver().memsetD8(nothing.address(), (byte) 0, nothing.size());
             context.driver().streamSynchronize(0L); // why: a fill is asynchronous
             for (CudaHandle handle : handles) {
-                CudaStep step = pack(List.of(noTokens(nothing)), handle, weightsBase, true);
+                CudaStep step = packer.packAlone(noTokens(nothing), handle, weightsBase);
                 try {
-                    for (Kernel kernel : warmUpFlow()) {
-                        kernel.launch(context.driver(), 1, stream.handle(), step.params());
-                    }
+                    flow.launchAll(stream.handle(), step);
                     stream.synchronize();
                 } finally {
                     step.free();
@@ -246,16 +243,6 @@ final class CudaLayer implements MoeLayer {
                 handle.clear(-1L >>> (Long.SIZE - config.ranks()));
             }
         }
-    }
-
-    /** Every kernel of the layer: each phase alone, then a whole step. */
-    private List<Kernel> warmUpFlow() {
-        List<Kernel> flow = new ArrayList<>();
-        for (Phase phase : PHASES) {
-            flow.addAll(List.of(kernels.of(phase)));
-        }
-        flow.addAll(List.of(kernels.flow(Phase.ROUTE, Phase.COMBINE_RECV)));
-        return flow;
     }
 
     /** Nothing is used but the count, which is 0. */
@@ -310,7 +297,7 @@ final class CudaLayer implements MoeLayer {
                 for (int rank = 0; rank < ranks.size(); rank++) {
                     validate(rank, ranks.get(rank));
                 }
-                CudaStep step = pack(ranks, handles[handle], weightsBase, false);
+                CudaStep step = packer.pack(ranks, handles[handle], weightsBase);
                 steps.add(step);
                 return step;
             }
@@ -374,197 +361,15 @@ final class CudaLayer implements MoeLayer {
     }
 
     /**
-     * Packs the parameters of a step.
-     *
-     * @param alone over this rank only, as rank 0 of 1
-     */
-    private CudaStep pack(
-            List<StepTensors> ranks, CudaHandle handle, long weightsBase, boolean alone) {
-        int size = DeviceStructs.LOCAL_RANK.size();
-        ByteBuffer locals =
-                ByteBuffer.allocateDirect(ranks.size() * size).order(ByteOrder.LITTLE_ENDIAN);
-        for (int rank = 0; rank < ranks.size(); rank++) {
-            locals.position(rank * size);
-            CStruct.Writer to = DeviceStructs.LOCAL_RANK.writer(locals);
-            packRank(to, config.firstLocalRank() + rank, ranks.get(rank), handle);
-            packWeights(to, rank, weightsBase);
-            if (alone) {
-                to.put("rank", 0);
-            }
-        }
-        DeviceBuffer buffer = new DeviceBuffer(context, locals.capacity());
-        try (Scope scope = context.enter()) {
-            upload(buffer.address(), locals.rewind());
-            KernelParams params = arena.params(DeviceStructs.STEP_PARAMS.size());
-            CStruct.Writer to = DeviceStructs.STEP_PARAMS.writer(params.bytes(0));
-            packParams(to, buffer.address(), handle);
-            if (alone) {
-                to.put("num_ranks", 1);
-                to.put("experts", config.expertsPerRank());
-            }
-            return new CudaStep(this, List.copyOf(ranks), handle, params, buffer);
-        } catch (RuntimeException | Error e) {
-            buffer.close();
-            throw e;
-        }
-    }
-
-    /** why a stream of its own: the legacy stream may wait for one that is being captured. */
-    private void upload(long to, ByteBuffer from) {
-        int bytes = from.remaining();
-        try (PinnedBuffer pinned = new PinnedBuffer(context, bytes);
-                Stream stream = new Stream(context)) {
-            pinned.bytes().put(0, from, 0, bytes);
-            context.driver().memcpyHtoDAsync(to, pinned.memory(), 0, bytes, stream.handle());
-            stream.synchronize();
-        }
-    }
-
-    private void packRank(CStruct.Writer to, int rank, StepTensors tensors, CudaHandle handle) {
-        to.put("hidden", address(tensors.hidden()));
-        to.put("token_count", address(tensors.tokenCount()));
-        to.put("topk_ids", address(tensors.topkIds()));
-        to.put("topk_weights", address(tensors.topkWeights()));
-        to.put("router_logits", address(tensors.routerLogits()));
-        to.put("out", address(tensors.out()));
-        to.put("accumulate", tensors.accumulate() ? 1 : 0);
-        to.put("rank", rank);
-        to.put("local_experts", config.expertsOn(rank));
-        for (String buffer :
-                List.of(
-                        "home_tokens",
-                        "home_ids",
-                        "home_weights",
-                        "home_mask",
-                        "logits",
-                        "home_rows",
-                        "expert_counts",
-                        "expert_offsets",
-                        "expert_rows",
-                        "packed_row_of",
-                        "activated",
-                        "expert_out",
-                        "shared_activated",
-                        "shared_out",
-                        "epoch",
-                        "arrivals",
-                        "totals",
-                        "work",
-                        "expert_done",
-                        "members",
-                        "peer_totals",
-                        "received")) {
-            to.put(buffer, handle.workspace(rank, buffer));
-        }
-        to.put("error", handle.errorAddress(rank));
-        to.put("counters", handle.countersAddress(rank));
-        to.put("stats", handle.statsAddress(rank));
-    }
-
-    /** A rank's experts are consecutive in the layer's buffers, which hold the local ranks'. */
-    private void packWeights(CStruct.Writer to, int localRank, long weightsBase) {
-        int experts = config.localExperts();
-        long first = (long) localRank * config.expertsPerRank();
-        for (String buffer : List.of("w_gate_up", "w_down", "bias_gate_up", "bias_down")) {
-            long base = layout.weights().address(weightsBase, buffer);
-            if (base != 0 && first < experts) {
-                base += layout.weights().field(buffer).bytes() / experts * first;
-            }
-            to.put(buffer, base);
-        }
-    }
-
-    /**
      * For benches: a step on the same buffers with the weights of another layer of this
      * configuration, which must stay open as long.
      */
     CudaStep withWeightsOf(CudaStep step, CudaLayer other) {
         requirePrepared();
         other.requirePrepared();
-        CudaStep twin = pack(step.tensors(), step.handle(), other.weightsBase, false);
+        CudaStep twin = packer.pack(step.tensors(), step.handle(), other.weightsBase);
         steps.add(twin);
         return twin;
-    }
-
-    private static long address(Tensor tensor) {
-        return tensor == null ? 0L : tensor.address();
-    }
-
-    private void packParams(CStruct.Writer to, long locals, CudaHandle handle) {
-        to.put("num_ranks", config.ranks());
-        to.put("num_local_ranks", config.localRanks());
-        to.put("max_tokens", config.maxTokensPerRank());
-        to.put("top_k", config.shape().topK());
-        to.put("experts", config.shape().experts());
-        to.put("experts_per_rank", config.expertsPerRank());
-        to.put("hidden", config.shape().hidden());
-        to.put("hidden_pad", DeviceLayout.pad(config.shape().hidden()));
-        to.put("intermediate", config.shape().intermediate());
-        to.put("intermediate_pad", DeviceLayout.pad(config.shape().intermediate()));
-        int shared = config.usesSharedExpert() ? config.shape().sharedIntermediate() : 0;
-        to.put("shared", shared);
-        to.put("shared_pad", DeviceLayout.pad(shared));
-        to.put("hidden_dtype", dtype(config.hiddenDType()));
-        to.put("out_dtype", dtype(config.outDType()));
-        to.put("routing_input", config.routingInput().ordinal());
-        boolean routes = config.routingInput() != RoutingInput.TOPK;
-        to.put("scoring", routes ? config.rule().scoring().ordinal() : 0);
-        to.put("renormalise", routes && config.rule().renormalise() ? 1 : 0);
-        to.put("groups", routes ? config.rule().groups() : 1);
-        to.put("topk_groups", routes ? config.rule().topkGroups() : 1);
-        to.put("scale", routes ? config.rule().scale() : 1f);
-        to.put("activation", config.activation().kind().ordinal());
-        to.put("alpha", config.activation().alpha());
-        to.put("limit", config.activation().limit());
-        to.put("timeout_ns", config.stepTimeout().toNanos());
-        to.put("first_timeout_ns", config.firstStepTimeout().toNanos());
-        for (String buffer :
-                List.of(
-                        "dispatch_flags",
-                        "combine_flags",
-                        "abort_words",
-                        "recv_tokens",
-                        "recv_ids",
-                        "recv_weights",
-                        "recv_rows",
-                        "combine_rows")) {
-            to.put("off_" + buffer, layout.symmetric().offset(buffer));
-        }
-        boolean lines = layout.symmetric().has("dispatch_lines");
-        to.put("wire", lines ? 1 : 0);
-        for (String buffer : List.of("dispatch_lines", "combine_lines")) {
-            to.put("off_" + buffer, lines ? layout.symmetric().offset(buffer) : 0L);
-        }
-        to.put("ranks", handle.rankViews());
-        to.put("locals", locals);
-        boolean ownRouter = config.routingInput() == RoutingInput.HIDDEN;
-        to.put("router", layout.weights().address(weightsBase, "router"));
-        to.put(
-                "router_bias",
-                ownRouter && config.weights().routerBias() != null
-                        ? layout.weights().address(weightsBase, "router_bias")
-                        : 0L);
-        to.put(
-                "correction_bias",
-                routes && config.weights().correctionBias() != null
-                        ? layout.weights().address(weightsBase, "correction_bias")
-                        : 0L);
-        to.put("w_shared_gate_up", layout.weights().address(weightsBase, "w_shared_gate_up"));
-        to.put("w_shared_down", layout.weights().address(weightsBase, "w_shared_down"));
-        to.put(
-                "shared_gate",
-                shared > 0 && config.weights().sharedExpertGate() != null
-                        ? layout.weights().address(weightsBase, "shared_gate")
-                        : 0L);
-    }
-
-    private static int dtype(DType dtype) {
-        return switch (dtype) {
-            case F32 -> 0;
-            case F16 -> 1;
-            case BF16 -> 2;
-            default -> throw new IllegalArgumentException("hidden states of type " + dtype);
-        };
     }
 
     @Override
@@ -579,13 +384,12 @@ final class CudaLayer implements MoeLayer {
         }
         try {
             requirePrepared();
-            requireNext(cudaStep, first, last);
+            StepFlow.requireNext(cudaStep, first, last);
             try (Scope scope = context.enter()) {
-                launch(stream, cudaStep, first, last);
+                flow.launch(stream, cudaStep, first, last);
                 trace.enqueued();
             } catch (RuntimeException | Error e) {
-                cudaStep.handle().nextPhase = Phase.ROUTE; // why: a failed step is over
-                cudaStep.handle().stepInFlight = null;
+                StepFlow.giveUp(cudaStep); // why: a failed step is over
                 throw refusedStream(stream, e);
             }
         } finally {
@@ -612,36 +416,6 @@ final class CudaLayer implements MoeLayer {
         return (RuntimeException) e;
     }
 
-    private static void requireNext(CudaStep step, Phase first, Phase last) {
-        if (first.compareTo(last) > 0) {
-            throw new IllegalArgumentException("phase " + first + " comes after " + last);
-        }
-        CudaHandle handle = step.handle();
-        if (first != handle.nextPhase || (first != Phase.ROUTE && handle.stepInFlight != step)) {
-            throw new IllegalStateException(
-                    "phase "
-                            + first
-                            + " cannot run now: the next phase of this handle is "
-                            + handle.nextPhase
-                            + (handle.stepInFlight == null || handle.stepInFlight == step
-                                    ? ""
-                                    : " of another step"));
-        }
-    }
-
-    /** The flow: a fixed list of kernels a phase. */
-    private void launch(long stream, CudaStep step, Phase first, Phase last) {
-        CudaHandle handle = step.handle();
-        handle.stepInFlight = step;
-        for (Kernel kernel : kernels.flow(first, last)) {
-            kernel.launch(context.driver(), config.localRanks(), stream, step.params());
-        }
-        handle.nextPhase = next(last);
-        if (last == Phase.COMBINE_RECV) {
-            handle.stepInFlight = null;
-        }
-    }
-
     /** For benches: the kernels of the experts phase, in order. */
     List<String> expertSymbols() {
         return expertSymbols(CudaProbe.Part.CHAIN);
@@ -649,16 +423,8 @@ final class CudaLayer implements MoeLayer {
 
     /** For benches: the kernels of a part of the experts phase, in order. */
     List<String> expertSymbols(CudaProbe.Part part) {
-        return Arrays.stream(expertKernels(part)).map(Kernel::symbol).toList();
-    }
-
-    private Kernel[] expertKernels(CudaProbe.Part part) {
         requirePrepared();
-        return switch (part) {
-            case CHAIN -> kernels.of(Phase.EXPERTS);
-            case GATE_UP -> new Kernel[] {kernels.gateUp()};
-            case DOWN -> new Kernel[] {kernels.down()};
-        };
+        return Arrays.stream(flow.experts(part)).map(Kernel::symbol).toList();
     }
 
     /**
@@ -666,11 +432,9 @@ final class CudaLayer implements MoeLayer {
      * left in the buffers; as often as wanted and outside the order of phases.
      */
     void launchExperts(long stream, CudaStep step, CudaProbe.Part part) {
-        Kernel[] flow = expertKernels(part);
+        requirePrepared();
         try (Scope scope = context.enter()) {
-            for (Kernel kernel : flow) {
-                kernel.launch(context.driver(), config.localRanks(), stream, step.params());
-            }
+            flow.launchExperts(stream, step, part);
         }
     }
 
@@ -678,16 +442,9 @@ final class CudaLayer implements MoeLayer {
     void launchAgain(long stream, CudaStep step, Phase first, Phase last) {
         requirePrepared();
         try (Scope scope = context.enter()) {
-            launch(stream, step, first, last);
+            flow.launch(stream, step, first, last);
         }
     }
-
-    private static Phase next(Phase phase) {
-        Phase[] all = PHASES;
-        return all[(phase.ordinal() + 1) % all.length];
-    }
-
-    private static final Phase[] PHASES = Phase.values();
 
     @Override
     public MoeGraph capture(long stream, List<GraphPart> parts) {
@@ -1054,7 +811,7 @@ final class CudaLayer implements MoeLayer {
         try (DeviceBuffer word = new DeviceBuffer(context, 8);
                 Stream stream = new Stream(context)) {
             ByteBuffer value = ByteBuffer.allocateDirect(8).order(ByteOrder.LITTLE_ENDIAN);
-            upload(word.address(), value.putLong(0, generation + 1L));
+            word.upload(value.putLong(0, generation + 1L));
             long at = layout.symmetric().offset("abort_words") + 8L * firstRank();
             for (int handle = 0; handle < handles.length; handle++) {
                 boolean told = handles[handle].errorCode(firstRank()) != 0;
