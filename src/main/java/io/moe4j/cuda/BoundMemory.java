@@ -1,5 +1,6 @@
 package io.moe4j.cuda;
 
+import io.moe4j.MoeConfig;
 import io.moe4j.StepTensors;
 import io.moe4j.cuda.driver.Context;
 import io.moe4j.cuda.driver.Driver.PointerInfo;
@@ -7,10 +8,40 @@ import io.moe4j.cuda.driver.Scope;
 import io.moe4j.tensor.Tensor;
 
 /**
- * What the driver knows of the memory that a caller binds: whether the layer's kernels reach it.
+ * The memory that a caller binds: whether it fits the layer, and, by what the driver knows of it,
+ * whether the layer's kernels reach it.
  */
 final class BoundMemory {
     private BoundMemory() {}
+
+    /**
+     * Checks the tensors that a caller binds for a local rank.
+     *
+     * @throws IllegalArgumentException naming the rank, the tensor and the cure
+     */
+    static void validate(int rank, StepTensors tensors, MoeConfig config, Context context) {
+        try {
+            tensors.validate(config);
+            requireDevice("hidden", tensors.hidden());
+            requireDevice("tokenCount", tensors.tokenCount());
+            requireDevice("topkIds", tensors.topkIds());
+            requireDevice("topkWeights", tensors.topkWeights());
+            requireDevice("routerLogits", tensors.routerLogits());
+            requireDevice("out", tensors.out());
+            requireReachable(tensors, context);
+        } catch (IllegalArgumentException e) {
+            throw new IllegalArgumentException("rank " + rank + ": " + e.getMessage(), e);
+        }
+    }
+
+    private static void requireDevice(String name, Tensor tensor) {
+        if (tensor != null && tensor.isHost()) {
+            throw new IllegalArgumentException(
+                    name
+                            + " is host memory but the CUDA backend reads device memory: use"
+                            + " Tensor.device or layer.memory().allocate");
+        }
+    }
 
     /**
      * Asks the driver about every address.

@@ -8,6 +8,7 @@ import io.moe4j.cuda.driver.PinnedBuffer;
 import io.moe4j.cuda.driver.Scope;
 import io.moe4j.cuda.layout.DeviceLayout;
 import io.moe4j.cuda.layout.DeviceStructs;
+import io.moe4j.cuda.layout.Region;
 import io.moe4j.ep.PeerStatistics;
 import java.lang.invoke.MethodHandles;
 import java.lang.invoke.VarHandle;
@@ -16,6 +17,7 @@ import java.nio.ByteOrder;
 import java.util.ArrayDeque;
 import java.util.Deque;
 import java.util.List;
+import java.util.Set;
 import java.util.function.LongSupplier;
 
 /**
@@ -27,6 +29,22 @@ final class CudaHandle implements AutoCloseable {
             MethodHandles.byteBufferViewVarHandle(int[].class, ByteOrder.LITTLE_ENDIAN);
     private static final VarHandle LONG =
             MethodHandles.byteBufferViewVarHandle(long[].class, ByteOrder.LITTLE_ENDIAN);
+
+    /** What later steps read of earlier ones. */
+    private static final Set<String> LASTING =
+            Set.of(
+                    "dispatch_flags",
+                    "combine_flags",
+                    "abort_words",
+                    "dispatch_lines",
+                    "combine_lines",
+                    "members",
+                    "peer_totals",
+                    "epoch",
+                    "arrivals",
+                    "totals",
+                    "work",
+                    "expert_done");
 
     private final DeviceLayout layout;
     private final Context context;
@@ -250,6 +268,27 @@ final class CudaHandle implements AutoCloseable {
                 LONG.getAcquire(
                         pinned.bytes(),
                         countersOffset(rank) + DeviceStructs.SOFT_COUNTERS.offset(field));
+    }
+
+    /**
+     * For tests, when no step runs: fills every buffer that a step must rewrite before it reads;
+     * flags, epochs, arrival counters and totals, which live from step to step, stay. The context
+     * is entered, and whoever calls waits for the fills.
+     */
+    void poison(byte value) {
+        for (int local = 0; local < symmetric.length; local++) {
+            poison(layout.symmetric(), symmetric[local], value);
+            poison(layout.workspace(), workspace[local], value);
+        }
+    }
+
+    private void poison(Region region, long base, byte value) {
+        for (Region.Field field : region.fields()) {
+            if (!LASTING.contains(field.name())) {
+                long address = region.address(base, field.name());
+                context.driver().memsetD8(address, value, field.bytes());
+            }
+        }
     }
 
     /** For tests: what the device reports to. */

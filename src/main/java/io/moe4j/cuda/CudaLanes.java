@@ -24,7 +24,7 @@ import java.util.concurrent.locks.ReentrantLock;
 final class CudaLanes implements MoeLanes {
     private static final int NONE = -1;
 
-    private final CudaLayer owner;
+    private final StepCapture capture;
     private final CudaLayer[] layers;
     private final Context context;
     private final LanePart[] parts;
@@ -44,8 +44,9 @@ final class CudaLanes implements MoeLanes {
     private boolean closed;
 
     /** Takes over the pins that {@code layers} already hold for it. */
-    CudaLanes(CudaLayer owner, Context context, List<LanePart> schedule, Set<CudaLayer> layers) {
-        this.owner = owner;
+    CudaLanes(
+            StepCapture capture, Context context, List<LanePart> schedule, Set<CudaLayer> layers) {
+        this.capture = capture;
         this.context = context;
         this.layers = layers.toArray(CudaLayer[]::new);
         this.parts = schedule.toArray(LanePart[]::new);
@@ -136,7 +137,7 @@ final class CudaLanes implements MoeLanes {
         lock.lock();
         try {
             requireOpen();
-            return owner.capture(stream, layers, parts.length, () -> run(stream));
+            return capture.graph(stream, List.of(layers), parts.length, () -> run(stream));
         } finally {
             lock.unlock();
         }

@@ -22,7 +22,6 @@ import io.moe4j.StepTensors;
 import io.moe4j.cuda.driver.Context;
 import io.moe4j.cuda.driver.CudaException;
 import io.moe4j.cuda.driver.DeviceBuffer;
-import io.moe4j.cuda.driver.GraphExec;
 import io.moe4j.cuda.driver.ParamArena;
 import io.moe4j.cuda.driver.Scope;
 import io.moe4j.cuda.driver.Stream;
@@ -30,7 +29,6 @@ import io.moe4j.cuda.kernel.Kernel;
 import io.moe4j.cuda.kernel.KernelCatalog;
 import io.moe4j.cuda.kernel.LoadedKernels;
 import io.moe4j.cuda.layout.DeviceLayout;
-import io.moe4j.cuda.layout.Region;
 import io.moe4j.ep.Group;
 import io.moe4j.ep.PeerStatistics;
 import io.moe4j.observe.LayerFault;
@@ -43,9 +41,7 @@ import java.time.Duration;
 import java.util.ArrayDeque;
 import java.util.ArrayList;
 import java.util.Arrays;
-import java.util.Collections;
 import java.util.Deque;
-import java.util.IdentityHashMap;
 import java.util.List;
 import java.util.Set;
 import java.util.concurrent.locks.ReentrantLock;
@@ -77,6 +73,7 @@ final class CudaLayer implements MoeLayer {
     private final HandlePool pool;
     private final CudaMemory memory;
     private final LayerTrace trace;
+    private final StepCapture capture;
     private final ReentrantLock lock = new ReentrantLock();
 
     /** Read: the layer's memory is looked at outside of a step. Write: it is being freed. */
@@ -110,6 +107,7 @@ final class CudaLayer implements MoeLayer {
         this.layout = new DeviceLayout(config);
         this.memory = new CudaMemory(context);
         this.trace = LayerTrace.open(this);
+        this.capture = new StepCapture(context, trace);
     }
 
     @Override
@@ -149,7 +147,7 @@ final class CudaLayer implements MoeLayer {
                 trace.prepare(() -> allocateOrJoin(progress));
             } catch (CudaException e) {
                 freeOwned(e);
-                throw e.inCapture() ? refusedInCapture("prepare", e) : e;
+                throw e.inCapture() ? StepCapture.refusedInCapture("prepare", e) : e;
             } catch (RuntimeException | Error e) {
                 freeOwned(e);
                 throw e;
@@ -295,49 +293,16 @@ final class CudaLayer implements MoeLayer {
             try (Scope scope = context.enter();
                     Scope relaxed = context.driver().relaxCapture()) {
                 for (int rank = 0; rank < ranks.size(); rank++) {
-                    validate(rank, ranks.get(rank));
+                    BoundMemory.validate(rank, ranks.get(rank), config, context);
                 }
                 CudaStep step = packer.pack(ranks, handles[handle], weightsBase);
                 steps.add(step);
                 return step;
             }
         } catch (CudaException e) {
-            throw e.inCapture() ? refusedInCapture("bind", e) : e;
+            throw e.inCapture() ? StepCapture.refusedInCapture("bind", e) : e;
         } finally {
             lock.unlock();
-        }
-    }
-
-    private static RuntimeException refusedInCapture(String method, CudaException e) {
-        return new IllegalStateException(
-                method
-                        + " was called while this thread captures a stream: "
-                        + method
-                        + " before the capture begins; this one is broken, end it and start anew",
-                e);
-    }
-
-    private void validate(int rank, StepTensors tensors) {
-        try {
-            tensors.validate(config);
-            requireDevice("hidden", tensors.hidden());
-            requireDevice("tokenCount", tensors.tokenCount());
-            requireDevice("topkIds", tensors.topkIds());
-            requireDevice("topkWeights", tensors.topkWeights());
-            requireDevice("routerLogits", tensors.routerLogits());
-            requireDevice("out", tensors.out());
-            BoundMemory.requireReachable(tensors, context);
-        } catch (IllegalArgumentException e) {
-            throw new IllegalArgumentException("rank " + rank + ": " + e.getMessage(), e);
-        }
-    }
-
-    private static void requireDevice(String name, Tensor tensor) {
-        if (tensor != null && tensor.isHost()) {
-            throw new IllegalArgumentException(
-                    name
-                            + " is host memory but the CUDA backend reads device memory: use"
-                            + " Tensor.device or layer.memory().allocate");
         }
     }
 
@@ -390,30 +355,11 @@ final class CudaLayer implements MoeLayer {
                 trace.enqueued();
             } catch (RuntimeException | Error e) {
                 StepFlow.giveUp(cudaStep); // why: a failed step is over
-                throw refusedStream(stream, e);
+                throw capture.refusedStream(stream, e);
             }
         } finally {
             lock.unlock();
         }
-    }
-
-    /** Names the stream if it is what the driver did not take; else rethrows. */
-    private RuntimeException refusedStream(long stream, Throwable e) {
-        if (e instanceof CudaException refused && refused.invalidHandle()) {
-            return new IllegalArgumentException(
-                    String.format(
-                            "stream=0x%x is no stream of the layer's context 0x%x%s: it was"
-                                    + " destroyed, or made in another context; open the layer with"
-                                    + " cudaContext(...) of the stream's",
-                            stream,
-                            context.handle(),
-                            context.isPrimary() ? ", the device's primary context" : ""),
-                    e);
-        }
-        if (e instanceof Error error) {
-            throw error;
-        }
-        return (RuntimeException) e;
     }
 
     /** For benches: the kernels of the experts phase, in order. */
@@ -448,77 +394,12 @@ final class CudaLayer implements MoeLayer {
 
     @Override
     public MoeGraph capture(long stream, List<GraphPart> parts) {
-        if (parts.isEmpty()) {
-            throw new IllegalArgumentException("nothing to capture: give at least one part");
-        }
-        Set<CudaLayer> layers = layersOf(parts);
-        return capture(
-                stream,
-                layers.toArray(CudaLayer[]::new),
-                parts.size(),
-                () -> {
-                    for (GraphPart part : parts) {
-                        part.step().layer().enqueue(stream, part.step(), part.first(), part.last());
-                    }
-                });
-    }
-
-    private static Set<CudaLayer> layersOf(List<GraphPart> parts) {
-        Set<CudaLayer> layers = Collections.newSetFromMap(new IdentityHashMap<>());
-        for (GraphPart part : parts) {
-            if (!(part.step() instanceof CudaStep step)) {
-                throw new IllegalArgumentException(
-                        "a step of another backend cannot be captured here: bind it with a CUDA"
-                                + " layer");
-            }
-            layers.add(step.cudaLayer());
-        }
-        return layers;
-    }
-
-    /** Captures what {@code enqueue} enqueues on the stream and on others that join it again. */
-    MoeGraph capture(long stream, CudaLayer[] layers, int parts, Runnable enqueue) {
-        Set<CudaLayer> pinned = Collections.newSetFromMap(new IdentityHashMap<>());
-        try {
-            for (CudaLayer layer : layers) {
-                layer.pin();
-                pinned.add(layer);
-            }
-            try (Scope scope = context.enter()) {
-                if (stream != 0 && context.driver().streamIsCapturing(stream)) {
-                    throw new IllegalStateException(
-                            "the stream is capturing already: call enqueue to add a step to your"
-                                    + " own capture");
-                }
-            }
-            return trace.capture(
-                    layers.length,
-                    parts,
-                    watch ->
-                            new CudaGraph(
-                                    GraphExec.capture(context, stream, enqueue), pinned, watch),
-                    CudaGraph::nodeCount);
-        } catch (RuntimeException | Error e) {
-            pinned.forEach(CudaLayer::unpin);
-            throw refusedStream(stream, e);
-        }
+        return capture.graph(stream, parts);
     }
 
     @Override
     public MoeLanes lanes(List<LanePart> parts) {
-        Set<CudaLayer> layers =
-                layersOf(LanePart.requireOrder(parts).stream().map(LanePart::part).toList());
-        Set<CudaLayer> pinned = Collections.newSetFromMap(new IdentityHashMap<>());
-        try {
-            for (CudaLayer layer : layers) {
-                layer.pin();
-                pinned.add(layer);
-            }
-            return new CudaLanes(this, context, parts, pinned);
-        } catch (RuntimeException | Error e) {
-            pinned.forEach(CudaLayer::unpin);
-            throw e;
-        }
+        return capture.lanes(parts);
     }
 
     /** Keeps the memory while a graph uses it; {@link #unpin} undoes it. */
@@ -570,20 +451,7 @@ final class CudaLayer implements MoeLayer {
         return whileNotFreed(
                 () -> {
                     requirePrepared();
-                    if (handle < 0
-                            || handle >= config.handles()
-                            || rank < 0
-                            || rank >= config.localRanks()) {
-                        throw new IllegalArgumentException(
-                                "there is no handle "
-                                        + handle
-                                        + " with rank "
-                                        + rank
-                                        + ": the layer has handles="
-                                        + config.handles()
-                                        + " and ranks="
-                                        + config.localRanks());
-                    }
+                    CudaInspection.requireThere(config, handle, rank);
                     return new CudaInspection(
                             config,
                             handles[handle],
@@ -872,49 +740,13 @@ final class CudaLayer implements MoeLayer {
         return memory;
     }
 
-    /**
-     * For tests: fills every buffer that a step must rewrite before it reads; flags, epochs,
-     * arrival counters and totals, which live from step to step, stay.
-     */
+    /** For tests: {@link CudaHandle#poison} of every handle. */
     void poison(byte value) {
         requirePrepared();
-        List<String> lasting =
-                List.of(
-                        "dispatch_flags",
-                        "combine_flags",
-                        "abort_words",
-                        "dispatch_lines",
-                        "combine_lines",
-                        "members",
-                        "peer_totals",
-                        "epoch",
-                        "arrivals",
-                        "totals",
-                        "work",
-                        "expert_done");
         try (Scope scope = context.enter()) {
             context.driver().contextSynchronize();
             for (CudaHandle handle : handles) {
-                for (int rank = firstRank(); rank < endRank(); rank++) {
-                    for (Region.Field field : layout.symmetric().fields()) {
-                        if (!lasting.contains(field.name())) {
-                            context.driver()
-                                    .memsetD8(
-                                            handle.symmetric(rank, field.name()),
-                                            value,
-                                            field.bytes());
-                        }
-                    }
-                    for (Region.Field field : layout.workspace().fields()) {
-                        if (!lasting.contains(field.name())) {
-                            context.driver()
-                                    .memsetD8(
-                                            handle.workspace(rank, field.name()),
-                                            value,
-                                            field.bytes());
-                        }
-                    }
-                }
+                handle.poison(value);
             }
             context.driver().contextSynchronize();
         }

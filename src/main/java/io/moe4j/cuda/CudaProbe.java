@@ -27,9 +27,7 @@ import io.moe4j.observe.GraphTrace;
 import java.util.ArrayDeque;
 import java.util.ArrayList;
 import java.util.Arrays;
-import java.util.Collections;
 import java.util.Deque;
-import java.util.IdentityHashMap;
 import java.util.List;
 import java.util.Set;
 import java.util.function.Consumer;
@@ -234,15 +232,9 @@ public final class CudaProbe implements AutoCloseable {
 
     private MoeGraph capture(
             List<? extends BoundStep> steps, Consumer<BoundStep> launch, int rounds) {
-        Set<CudaLayer> pinned = Collections.newSetFromMap(new IdentityHashMap<>());
+        Set<CudaLayer> pinned =
+                StepCapture.pin(steps.stream().map(step -> ((CudaStep) step).cudaLayer()).toList());
         try {
-            for (BoundStep step : steps) {
-                CudaLayer layer = ((CudaStep) step).cudaLayer();
-                if (!pinned.contains(layer)) {
-                    layer.pin();
-                    pinned.add(layer);
-                }
-            }
             GraphExec exec =
                     GraphExec.capture(
                             context,
