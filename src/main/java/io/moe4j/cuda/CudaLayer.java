@@ -15,33 +15,26 @@ import io.moe4j.Phase;
 import io.moe4j.ProgressListener;
 import io.moe4j.RankLostException;
 import io.moe4j.Recovery;
-import io.moe4j.RoutingInput;
 import io.moe4j.SoftCounters;
 import io.moe4j.StepInspection;
 import io.moe4j.StepTensors;
 import io.moe4j.cuda.driver.Context;
 import io.moe4j.cuda.driver.CudaException;
 import io.moe4j.cuda.driver.DeviceBuffer;
-import io.moe4j.cuda.driver.ParamArena;
 import io.moe4j.cuda.driver.Scope;
 import io.moe4j.cuda.driver.Stream;
 import io.moe4j.cuda.kernel.Kernel;
 import io.moe4j.cuda.kernel.KernelCatalog;
-import io.moe4j.cuda.kernel.LoadedKernels;
 import io.moe4j.cuda.layout.DeviceLayout;
 import io.moe4j.ep.Group;
 import io.moe4j.ep.PeerStatistics;
 import io.moe4j.observe.LayerFault;
 import io.moe4j.observe.LayerTrace;
-import io.moe4j.tensor.DType;
-import io.moe4j.tensor.Tensor;
 import java.nio.ByteBuffer;
 import java.nio.ByteOrder;
 import java.time.Duration;
-import java.util.ArrayDeque;
 import java.util.ArrayList;
 import java.util.Arrays;
-import java.util.Deque;
 import java.util.List;
 import java.util.Set;
 import java.util.concurrent.locks.ReentrantLock;
@@ -68,28 +61,23 @@ final class CudaLayer implements MoeLayer {
     private final MoeConfig config;
     private final String reason;
     private final Context context;
-    private final KernelCatalog catalog;
     private final DeviceLayout layout;
     private final HandlePool pool;
     private final CudaMemory memory;
     private final LayerTrace trace;
     private final StepCapture capture;
+    private final CudaResources resources;
     private final ReentrantLock lock = new ReentrantLock();
 
     /** Read: the layer's memory is looked at outside of a step. Write: it is being freed. */
     private final ReentrantReadWriteLock freeing = new ReentrantReadWriteLock();
 
-    private final Deque<AutoCloseable> owned = new ArrayDeque<>();
     private final List<CudaStep> steps = new ArrayList<>();
 
-    /** What a layer of a group shares with the other ranks; null before prepare and without one. */
-    private PeerMemory peers;
-
-    private LoadedKernels kernels;
-    private StepFlow flow;
-    private long weightsBase;
+    /** Of {@link #resources} since prepare; peers is null without a group. */
     private CudaHandle[] handles;
-    private StepPacker packer;
+
+    private PeerMemory peers;
     private int graphs;
     private boolean freed;
     private int generation;
@@ -103,11 +91,11 @@ final class CudaLayer implements MoeLayer {
         this.reason = reason;
         this.pool = new HandlePool(config.handles());
         this.context = context;
-        this.catalog = catalog;
         this.layout = new DeviceLayout(config);
         this.memory = new CudaMemory(context);
         this.trace = LayerTrace.open(this);
         this.capture = new StepCapture(context, trace);
+        this.resources = new CudaResources(this, context, catalog, layout);
     }
 
     @Override
@@ -144,7 +132,7 @@ final class CudaLayer implements MoeLayer {
                 return;
             }
             try {
-                trace.prepare(() -> allocateOrJoin(progress));
+                trace.prepare(() -> resources.open(progress));
             } catch (CudaException e) {
                 freeOwned(e);
                 throw e.inCapture() ? StepCapture.refusedInCapture("prepare", e) : e;
@@ -152,110 +140,13 @@ final class CudaLayer implements MoeLayer {
                 freeOwned(e);
                 throw e;
             }
+            handles = resources.handles();
+            peers = resources.peers();
             generation = 0;
             prepared = true;
         } finally {
             lock.unlock();
         }
-    }
-
-    /**
-     * A layer of a group meets the others four times: what they have in common, where their memory
-     * is, once all have written to it, and once all have seen what was written.
-     *
-     * <p>why the lock: two layers that a rank prepares at once would mix up their meetings.
-     */
-    private void allocateOrJoin(ProgressListener progress) {
-        if (config.group() == null) {
-            allocate(progress);
-            return;
-        }
-        synchronized (config.group()) {
-            peers = own(new PeerMemory(context, config, layout));
-            peers.agree(catalog.description());
-            peers.meet(
-                    "addresses",
-                    () -> {
-                        allocate(progress);
-                        warmUp();
-                        return peers.export();
-                    },
-                    peers::addresses);
-            peers.meet("the self-test's writes", () -> peers.connect(handles, kernels), all -> {});
-            peers.meet("the self-test's result", () -> peers.verify(kernels), all -> {});
-        }
-    }
-
-    private void allocate(ProgressListener progress) {
-        kernels = own(catalog.load(context, config));
-        flow = new StepFlow(context, kernels, config.localRanks());
-        DeviceBuffer weights = own(new DeviceBuffer(context, layout.weights().size()));
-        weightsBase = weights.address();
-        handles = new CudaHandle[config.handles()];
-        for (int handle = 0; handle < handles.length; handle++) {
-            handles[handle] =
-                    own(
-                            new CudaHandle(
-                                    context,
-                                    layout,
-                                    config,
-                                    peers == null ? null : peers::allocate));
-        }
-        ParamArena arena = own(new ParamArena(context));
-        packer = new StepPacker(this, context, layout, arena);
-        try (CudaWeights upload = new CudaWeights(context, kernels, config, layout, weightsBase)) {
-            upload.run(progress);
-        }
-    }
-
-    /**
-     * Runs a step without tokens over this rank alone, on its own memory. why: a kernel that was
-     * never launched may be loaded only then, or may want a larger stack, and both wait for a GPU
-     * that waits for a peer.
-     */
-    private void warmUp() {
-        // why so large: a kernel may read a few tokens before it knows that there are none
-        long eager = 64L + 8L * Math.max(config.shape().hidden(), config.shape().topK()) * 4;
-        try (DeviceBuffer nothing = new DeviceBuffer(context, eager);
-                Stream stream = new Stream(context);
-                Scope scope = context.enter()) {
-            context.driver().memsetD8(nothing.address(), (byte) 0, nothing.size());
-            context.driver().streamSynchronize(0L); // why: a fill is asynchronous
-            for (CudaHandle handle : handles) {
-                CudaStep step = packer.packAlone(noTokens(nothing), handle, weightsBase);
-                try {
-                    flow.launchAll(stream.handle(), step);
-                    stream.synchronize();
-                } finally {
-                    step.free();
-                }
-                if (handle.errorCode(config.firstLocalRank()) != 0) {
-                    throw new IllegalStateException(
-                            "a step without tokens failed when the layer opened: "
-                                    + describe(
-                                            fault(
-                                                    handle,
-                                                    config.firstLocalRank(),
-                                                    handle.errorCode(config.firstLocalRank()))));
-                }
-                handle.clear(-1L >>> (Long.SIZE - config.ranks()));
-            }
-        }
-    }
-
-    /** Nothing is used but the count, which is 0. */
-    private StepTensors noTokens(DeviceBuffer nothing) {
-        Tensor count = Tensor.device(nothing.address(), DType.I32, 1);
-        boolean topk = config.routingInput() == RoutingInput.TOPK;
-        boolean logits = config.routingInput() == RoutingInput.LOGITS;
-        Tensor any = Tensor.device(nothing.address(), DType.F32, 1);
-        return new StepTensors(
-                any, count, topk ? any : null, topk ? any : null, logits ? any : null, any, false);
-    }
-
-    private <T extends AutoCloseable> T own(T resource) {
-        owned.push(resource);
-        return resource;
     }
 
     @Override
@@ -276,26 +167,12 @@ final class CudaLayer implements MoeLayer {
                                 + (handles.length - 1)
                                 + ": open the layer with more handles(...)");
             }
-            if (ranks.size() != config.localRanks()) {
-                throw new IllegalArgumentException(
-                        "got the tensors of "
-                                + ranks.size()
-                                + " ranks but the layer has "
-                                + (config.group() == null
-                                        ? "ranks="
-                                                + config.ranks()
-                                                + ": give one StepTensors per rank"
-                                        : "rank "
-                                                + config.group().rank()
-                                                + " of the group alone: give its StepTensors"));
-            }
             // why relaxed: some runtimes tell their addresses only while they capture
             try (Scope scope = context.enter();
                     Scope relaxed = context.driver().relaxCapture()) {
-                for (int rank = 0; rank < ranks.size(); rank++) {
-                    BoundMemory.validate(rank, ranks.get(rank), config, context);
-                }
-                CudaStep step = packer.pack(ranks, handles[handle], weightsBase);
+                BoundMemory.validate(ranks, config, context);
+                CudaStep step =
+                        resources.packer().pack(ranks, handles[handle], resources.weights());
                 steps.add(step);
                 return step;
             }
@@ -311,15 +188,9 @@ final class CudaLayer implements MoeLayer {
         whileNotFreed(
                 () -> {
                     requirePrepared();
-                    for (int rank = 0; rank < ranks.size(); rank++) {
-                        try (Scope scope = context.enter();
-                                Scope relaxed = context.driver().relaxCapture()) {
-                            BoundMemory.requireReachable(ranks.get(rank), context);
-                        } catch (IllegalArgumentException e) {
-                            throw new IllegalStateException(
-                                    "bound memory is gone, rank " + rank + ": " + e.getMessage(),
-                                    e);
-                        }
+                    try (Scope scope = context.enter();
+                            Scope relaxed = context.driver().relaxCapture()) {
+                        BoundMemory.requireAlive(ranks, context);
                     }
                     return null;
                 });
@@ -332,7 +203,8 @@ final class CudaLayer implements MoeLayer {
     CudaStep withWeightsOf(CudaStep step, CudaLayer other) {
         requirePrepared();
         other.requirePrepared();
-        CudaStep twin = packer.pack(step.tensors(), step.handle(), other.weightsBase);
+        CudaStep twin =
+                resources.packer().pack(step.tensors(), step.handle(), other.resources.weights());
         steps.add(twin);
         return twin;
     }
@@ -351,7 +223,7 @@ final class CudaLayer implements MoeLayer {
             requirePrepared();
             StepFlow.requireNext(cudaStep, first, last);
             try (Scope scope = context.enter()) {
-                flow.launch(stream, cudaStep, first, last);
+                resources.flow().launch(stream, cudaStep, first, last);
                 trace.enqueued();
             } catch (RuntimeException | Error e) {
                 StepFlow.giveUp(cudaStep); // why: a failed step is over
@@ -370,7 +242,7 @@ final class CudaLayer implements MoeLayer {
     /** For benches: the kernels of a part of the experts phase, in order. */
     List<String> expertSymbols(CudaProbe.Part part) {
         requirePrepared();
-        return Arrays.stream(flow.experts(part)).map(Kernel::symbol).toList();
+        return Arrays.stream(resources.flow().experts(part)).map(Kernel::symbol).toList();
     }
 
     /**
@@ -380,7 +252,7 @@ final class CudaLayer implements MoeLayer {
     void launchExperts(long stream, CudaStep step, CudaProbe.Part part) {
         requirePrepared();
         try (Scope scope = context.enter()) {
-            flow.launchExperts(stream, step, part);
+            resources.flow().launchExperts(stream, step, part);
         }
     }
 
@@ -388,7 +260,7 @@ final class CudaLayer implements MoeLayer {
     void launchAgain(long stream, CudaStep step, Phase first, Phase last) {
         requirePrepared();
         try (Scope scope = context.enter()) {
-            flow.launch(stream, step, first, last);
+            resources.flow().launch(stream, step, first, last);
         }
     }
 
@@ -575,7 +447,7 @@ final class CudaLayer implements MoeLayer {
         return config.firstLocalRank() + config.localRanks();
     }
 
-    private static LayerFault fault(CudaHandle handle, int rank, int code) {
+    static LayerFault fault(CudaHandle handle, int rank, int code) {
         String operation =
                 switch (handle.errorInt(rank, "op")) {
                     case 1 -> "dispatch_recv";
@@ -602,7 +474,7 @@ final class CudaLayer implements MoeLayer {
                 handle.errorLong(rank, "valid_epoch"));
     }
 
-    private static String describe(LayerFault fault) {
+    static String describe(LayerFault fault) {
         if (fault.operation().equals("experts")) {
             return String.format(
                     "experts on rank %d %s: after %.1f ms %d of an expert's %d half tiles were"
@@ -795,7 +667,7 @@ final class CudaLayer implements MoeLayer {
     /** For tests: where the device has some weights. */
     long weights(String buffer) {
         requirePrepared();
-        return layout.weights().address(weightsBase, buffer);
+        return layout.weights().address(resources.weights(), buffer);
     }
 
     /** Frees in reverse order; errors are added to {@code cause}. */
@@ -813,9 +685,7 @@ final class CudaLayer implements MoeLayer {
         List<AutoCloseable> all = new ArrayList<>();
         steps.forEach(step -> all.add(step::free));
         steps.clear();
-        while (!owned.isEmpty()) {
-            all.add(owned.pop());
-        }
+        all.addAll(resources.release());
         if (closed) {
             all.add(memory);
             all.add(context);
