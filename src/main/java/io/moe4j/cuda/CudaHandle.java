@@ -14,8 +14,6 @@ import java.lang.invoke.MethodHandles;
 import java.lang.invoke.VarHandle;
 import java.nio.ByteBuffer;
 import java.nio.ByteOrder;
-import java.util.ArrayDeque;
-import java.util.Deque;
 import java.util.List;
 import java.util.Set;
 import java.util.function.LongSupplier;
@@ -52,7 +50,7 @@ final class CudaHandle implements AutoCloseable {
     private final int ranks;
     private final long[] symmetric;
     private final long[] workspace;
-    private final Deque<AutoCloseable> owned = new ArrayDeque<>();
+    private final Owned owned = new Owned();
     private DeviceBuffer rankViews;
     private PinnedBuffer pinned;
 
@@ -77,7 +75,7 @@ final class CudaHandle implements AutoCloseable {
         try {
             allocate(regions);
         } catch (RuntimeException | Error e) {
-            closeAll(e);
+            owned.close(e);
             throw e;
         }
     }
@@ -87,11 +85,14 @@ final class CudaHandle implements AutoCloseable {
             symmetric[local] =
                     regions != null
                             ? regions.getAsLong()
-                            : own(new DeviceBuffer(context, layout.symmetric().size())).address();
-            workspace[local] = own(new DeviceBuffer(context, layout.workspace().size())).address();
+                            : owned.add(new DeviceBuffer(context, layout.symmetric().size()))
+                                    .address();
+            workspace[local] =
+                    owned.add(new DeviceBuffer(context, layout.workspace().size())).address();
         }
-        rankViews = own(new DeviceBuffer(context, (long) ranks * DeviceStructs.RANK_VIEW.size()));
-        pinned = own(new PinnedBuffer(context, layout.pinned().size()));
+        rankViews =
+                owned.add(new DeviceBuffer(context, (long) ranks * DeviceStructs.RANK_VIEW.size()));
+        pinned = owned.add(new PinnedBuffer(context, layout.pinned().size()));
         // why rank 0 alone in a group: the others are not connected yet
         clear(regions == null ? -1L >>> (Long.SIZE - ranks) : 1L);
         connect(symmetric);
@@ -186,11 +187,6 @@ final class CudaHandle implements AutoCloseable {
             context.driver().memcpyHtoD(rankViews.address(), views.rewind());
             context.driver().streamSynchronize(0L); // why: the copy may still be under way
         }
-    }
-
-    private <T extends AutoCloseable> T own(T resource) {
-        owned.push(resource);
-        return resource;
     }
 
     long rankViews() {
@@ -308,20 +304,6 @@ final class CudaHandle implements AutoCloseable {
 
     @Override
     public void close() {
-        RuntimeException failure = new RuntimeException("closing a handle");
-        closeAll(failure);
-        if (failure.getSuppressed().length > 0) {
-            throw failure;
-        }
-    }
-
-    private void closeAll(Throwable cause) {
-        while (!owned.isEmpty()) {
-            try {
-                owned.pop().close();
-            } catch (Exception e) {
-                cause.addSuppressed(e);
-            }
-        }
+        owned.close("closing a handle");
     }
 }

@@ -682,21 +682,15 @@ final class CudaLayer implements MoeLayer {
     }
 
     private void freeAll(Throwable cause) {
-        List<AutoCloseable> all = new ArrayList<>();
+        Owned all = new Owned();
+        if (closed) {
+            all.add(context);
+            all.add(memory);
+        }
+        all.add(() -> resources.free(cause));
         steps.forEach(step -> all.add(step::free));
         steps.clear();
-        all.addAll(resources.release());
-        if (closed) {
-            all.add(memory);
-            all.add(context);
-        }
-        for (AutoCloseable resource : all) {
-            try {
-                resource.close();
-            } catch (Exception e) {
-                cause.addSuppressed(e);
-            }
-        }
+        all.close(cause);
     }
 
     void requireOpen() {

@@ -14,9 +14,6 @@ import io.moe4j.cuda.kernel.LoadedKernels;
 import io.moe4j.cuda.layout.DeviceLayout;
 import io.moe4j.tensor.DType;
 import io.moe4j.tensor.Tensor;
-import java.util.ArrayDeque;
-import java.util.Deque;
-import java.util.List;
 
 /**
  * What prepare makes for a layer: kernels, weights on the device, handles, and in a group what its
@@ -28,7 +25,7 @@ final class CudaResources {
     private final Context context;
     private final KernelCatalog catalog;
     private final DeviceLayout layout;
-    private final Deque<AutoCloseable> owned = new ArrayDeque<>();
+    private final Owned owned = new Owned();
     private PeerMemory peers;
     private LoadedKernels kernels;
     private StepFlow flow;
@@ -56,7 +53,7 @@ final class CudaResources {
             return;
         }
         synchronized (config.group()) {
-            peers = own(new PeerMemory(context, config, layout));
+            peers = owned.add(new PeerMemory(context, config, layout));
             peers.agree(catalog.description());
             peers.meet(
                     "addresses",
@@ -72,20 +69,20 @@ final class CudaResources {
     }
 
     private void allocate(ProgressListener progress) {
-        kernels = own(catalog.load(context, config));
+        kernels = owned.add(catalog.load(context, config));
         flow = new StepFlow(context, kernels, config.localRanks());
-        weights = own(new DeviceBuffer(context, layout.weights().size())).address();
+        weights = owned.add(new DeviceBuffer(context, layout.weights().size())).address();
         handles = new CudaHandle[config.handles()];
         for (int handle = 0; handle < handles.length; handle++) {
             handles[handle] =
-                    own(
+                    owned.add(
                             new CudaHandle(
                                     context,
                                     layout,
                                     config,
                                     peers == null ? null : peers::allocate));
         }
-        ParamArena arena = own(new ParamArena(context));
+        ParamArena arena = owned.add(new ParamArena(context));
         packer = new StepPacker(layer, context, layout, arena);
         try (CudaWeights upload = new CudaWeights(context, kernels, config, layout, weights)) {
             upload.run(progress);
@@ -137,16 +134,9 @@ final class CudaResources {
                 any, count, topk ? any : null, topk ? any : null, logits ? any : null, any, false);
     }
 
-    private <T extends AutoCloseable> T own(T resource) {
-        owned.push(resource);
-        return resource;
-    }
-
-    /** Gives up what was made, in the order in which to close it. */
-    List<AutoCloseable> release() {
-        List<AutoCloseable> all = List.copyOf(owned);
-        owned.clear();
-        return all;
+    /** Frees what was made; failures are added to {@code cause}. */
+    void free(Throwable cause) {
+        owned.close(cause);
     }
 
     /** What the layer shares with the other ranks of its group; null without one. */
