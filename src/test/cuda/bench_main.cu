@@ -21,15 +21,7 @@
 
 #include "../../main/cuda/moe4j.cu"
 #include "bench_cases.h"
-
-#define CHECK_CUDA(call)                                                                     \
-    do {                                                                                     \
-        const cudaError_t code_ = (call);                                                    \
-        if (code_ != cudaSuccess) {                                                          \
-            std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(code_)); \
-            std::exit(2);                                                                    \
-        }                                                                                    \
-    } while (0)
+#include "harness.h"
 
 namespace {
 
@@ -57,17 +49,6 @@ const Variant kVariants[] = {
      moe::prefill::kSharedBytes, 1, false},
     {"prefill+pdl", moe_gate_up_wgmma_prefill, moe_down_wgmma_prefill, moe_experts_wgmma_prefill,
      moe::prefill::kThreads, moe::prefill::kSharedBytes, 1, true},
-};
-
-struct Random {
-    uint64_t state;
-    uint64_t bits() {
-        uint64_t x = (state += 0x9e3779b97f4a7c15ull);
-        x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-        x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-        return x ^ (x >> 31);
-    }
-    int below(int n) { return static_cast<int>(bits() % static_cast<uint64_t>(n)); }
 };
 
 int g_sms;

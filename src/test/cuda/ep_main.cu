@@ -27,15 +27,7 @@
 #define MOE_TEST_STUBS
 #include "../../main/cuda/moe4j.cu"
 
-#define CHECK_CUDA(call)                                                                         \
-    do {                                                                                         \
-        const cudaError_t code_ = (call);                                                        \
-        if (code_ != cudaSuccess) {                                                              \
-            std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(code_)); \
-            std::fflush(stdout);                                                                 \
-            std::_Exit(2);                                                                       \
-        }                                                                                        \
-    } while (0)
+#include "harness.h"
 
 namespace {
 
@@ -58,18 +50,6 @@ void expect(bool ok, const std::string& what) {
 double seconds_since(Clock::time_point start) {
     return std::chrono::duration<double>(Clock::now() - start).count();
 }
-
-struct Random {
-    uint64_t state;
-    uint64_t bits() {
-        uint64_t x = (state += 0x9e3779b97f4a7c15ull);
-        x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-        x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-        return x ^ (x >> 31);
-    }
-    int below(int n) { return static_cast<int>(bits() % static_cast<uint64_t>(n)); }
-    float uniform() { return static_cast<float>(static_cast<int64_t>(bits() >> 40)) * 0x1p-23f - 1.0f; }
-};
 
 float rounded(float v) {
     uint32_t u;

@@ -222,7 +222,7 @@ class ArchitectureTest {
             noClasses()
                     .that()
                     .haveNameMatching(
-                            "io\\.moe4j\\.(cuda\\.Cuda(Layer|Step|Graph|Handle)"
+                            "io\\.moe4j\\.(cuda\\.(Cuda(Layer|Resources|Step|Graph|Handle)|Step.*)"
                                     + "|cuda\\.kernel\\..*|cpu\\.Cpu(?!Inspection).*)(\\$.*)?")
                     .should()
                     .dependOnClassesThat()

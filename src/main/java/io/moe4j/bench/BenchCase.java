@@ -1,5 +1,7 @@
 package io.moe4j.bench;
 
+import io.moe4j.MoeConfig;
+import io.moe4j.model.MoeShape;
 import java.util.Arrays;
 import java.util.Map;
 
@@ -68,6 +70,23 @@ public record BenchCase(
             throw new IllegalArgumentException(
                     "case " + number + ": more rows than " + most + " tokens times topK=" + topK);
         }
+    }
+
+    /** A case of this layer, with nothing known of others. */
+    static BenchCase of(int number, String model, MoeConfig config, String routing, int[] counts) {
+        MoeShape shape = config.shape();
+        return new BenchCase(
+                number,
+                model,
+                shape.hidden(),
+                shape.intermediate(),
+                shape.experts(),
+                shape.topK(),
+                config.ranks(),
+                config.maxTokensPerRank(),
+                routing,
+                counts,
+                Map.of());
     }
 
     /** {@return the rows over all local experts} */

@@ -4,7 +4,6 @@ import io.moe4j.BoundStep;
 import io.moe4j.GraphPart;
 import io.moe4j.Moe;
 import io.moe4j.MoeConfig;
-import io.moe4j.MoeGraph;
 import io.moe4j.RoutingInput;
 import io.moe4j.cuda.CudaProbe;
 import io.moe4j.model.LayerWeights;
@@ -13,7 +12,6 @@ import io.moe4j.model.RandomWeights;
 import java.util.ArrayList;
 import java.util.Collections;
 import java.util.List;
-import java.util.Map;
 import java.util.function.IntFunction;
 
 /**
@@ -69,7 +67,7 @@ public final class ChainBench {
 
     private BenchRow onCuda(
             String model, MoeConfig config, RandomWeights vectors, RoutingPattern routing) {
-        LayerSet.Input input = input(config, routing);
+        BenchInput input = input(config, routing);
         MoeShape shape = config.shape();
         IntFunction<LayerWeights> weights =
                 set -> CudaProbe.randomWeights(shape, vectors, options.seed() + set);
@@ -93,7 +91,7 @@ public final class ChainBench {
     private int sets(
             MoeConfig config,
             IntFunction<LayerWeights> weights,
-            LayerSet.Input input,
+            BenchInput input,
             CudaProbe probe) {
         try (LayerSet one = new LayerSet(config, weights, 1, input, probe.stream())) {
             one.runAll();
@@ -112,25 +110,15 @@ public final class ChainBench {
             return CudaTimer.of(
                     () -> order.forEach(step -> step.layer().enqueue(probe.stream(), step)));
         }
-        MoeGraph graph =
+        return CudaTimer.of(
+                probe,
                 layers.layer()
-                        .capture(probe.stream(), order.stream().map(GraphPart::whole).toList());
-        return new CudaTimer.Work() {
-            @Override
-            public void enqueue() {
-                graph.launch(probe.stream());
-            }
-
-            @Override
-            public void close() {
-                graph.close();
-            }
-        };
+                        .capture(probe.stream(), order.stream().map(GraphPart::whole).toList()));
     }
 
     private BenchRow onCpu(
             String model, MoeConfig config, RandomWeights vectors, RoutingPattern routing) {
-        LayerSet.Input input = input(config, routing);
+        BenchInput input = input(config, routing);
         try (LayerSet layers = new LayerSet(config, set -> vectors, 1, input, 0)) {
             layers.runAll();
             double error = layers.check();
@@ -152,7 +140,7 @@ public final class ChainBench {
         }
     }
 
-    private LayerSet.Input input(MoeConfig config, RoutingPattern routing) {
+    private BenchInput input(MoeConfig config, RoutingPattern routing) {
         int tokens = Math.multiplyExact(config.ranks(), config.maxTokensPerRank());
         int[] ids =
                 routing.isUniform()
@@ -162,24 +150,13 @@ public final class ChainBench {
                                 config.shape().experts(),
                                 config.shape().topK(),
                                 options.seed());
-        return LayerSet.Input.of(config, ids, options.seed());
+        return BenchInput.of(config, ids, options.seed());
     }
 
     private static BenchCase ran(
             String model, MoeConfig config, RoutingPattern routing, int[] ids) {
-        MoeShape shape = config.shape();
-        return new BenchCase(
-                0,
-                model,
-                shape.hidden(),
-                shape.intermediate(),
-                shape.experts(),
-                shape.topK(),
-                config.ranks(),
-                config.maxTokensPerRank(),
-                routing.toString(),
-                RoutingPattern.counts(ids, 0, shape.experts()),
-                Map.of());
+        int[] counts = RoutingPattern.counts(ids, 0, config.shape().experts());
+        return BenchCase.of(0, model, config, routing.toString(), counts);
     }
 
     private BenchRow row(BenchCase ran, MoeConfig config, Sample sample, int sets, double error) {

@@ -6,7 +6,6 @@ import io.moe4j.RoutingInput;
 import io.moe4j.cuda.CudaProbe;
 import io.moe4j.model.ModelPreset;
 import io.moe4j.model.RandomWeights;
-import java.util.Map;
 
 /**
  * From the first use of CUDA in a process to the first output on the host: driver, context, kernel
@@ -33,7 +32,7 @@ record ColdStart(double us, double error, BenchCase ran) {
                         .maxTokensPerRank(TOKENS)
                         .backend("cuda")
                         .build();
-        LayerSet.Input input = LayerSet.Input.of(config, null, seed);
+        BenchInput input = BenchInput.of(config, null, seed);
         long start = System.nanoTime();
         Moe.choose("cuda");
         try (CudaProbe probe = new CudaProbe();
@@ -47,22 +46,9 @@ record ColdStart(double us, double error, BenchCase ran) {
             layers.runAll();
             layers.output(0);
             double us = (System.nanoTime() - start) / 1e3;
-            return new ColdStart(us, layers.check(), ran(ranks, layers.chosenIds()));
+            int[] counts = RoutingPattern.counts(layers.chosenIds(), 0, MODEL.shape().experts());
+            BenchCase ran = BenchCase.of(0, MODEL.id(), config, "uniform", counts);
+            return new ColdStart(us, layers.check(), ran);
         }
-    }
-
-    private static BenchCase ran(int ranks, int[] ids) {
-        return new BenchCase(
-                0,
-                MODEL.id(),
-                MODEL.shape().hidden(),
-                MODEL.shape().intermediate(),
-                MODEL.shape().experts(),
-                MODEL.shape().topK(),
-                ranks,
-                TOKENS,
-                "uniform",
-                RoutingPattern.counts(ids, 0, MODEL.shape().experts()),
-                Map.of());
     }
 }

@@ -1,5 +1,6 @@
 package io.moe4j.bench;
 
+import io.moe4j.MoeGraph;
 import io.moe4j.cuda.CudaProbe;
 import java.util.ArrayList;
 import java.util.Collections;
@@ -39,6 +40,11 @@ final class CudaTimer {
 
     /** Work without memory of its own. */
     static Work of(Runnable enqueue) {
+        return of(enqueue, () -> {});
+    }
+
+    /** Work that {@code free} frees. */
+    static Work of(Runnable enqueue, Runnable free) {
         return new Work() {
             @Override
             public void enqueue() {
@@ -47,9 +53,14 @@ final class CudaTimer {
 
             @Override
             public void close() {
-                // nothing to free
+                free.run();
             }
         };
+    }
+
+    /** Replays of a graph on the probe's stream; takes over the graph. */
+    static Work of(CudaProbe probe, MoeGraph graph) {
+        return of(() -> graph.launch(probe.stream()), graph::close);
     }
 
     /**

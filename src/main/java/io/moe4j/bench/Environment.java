@@ -51,7 +51,11 @@ final class Environment {
         }
     }
 
-    /** Driver and clocks by nvidia-smi if it is there and answers; adds nothing else. */
+    /**
+     * Driver and clocks by nvidia-smi if it is there and answers; adds nothing else. The GPU has
+     * nothing to do then: its clock is that of an idle GPU, its power still that of the last
+     * second.
+     */
     static void addNvidiaSmi(Map<String, String> facts, String pciBusId) {
         String fields =
                 "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,temperature.gpu";
@@ -75,10 +79,10 @@ final class Environment {
             String[] values = line.split(", *");
             if (process.exitValue() == 0 && values.length == 6) {
                 facts.put("driver", values[0]);
-                facts.put("sm clock after the last timing", values[1]);
+                facts.put("sm clock when idle again", values[1]);
                 facts.put("sm clock at most", values[2]);
                 facts.put("memory clock", values[3]);
-                facts.put("power after the last timing", values[4]);
+                facts.put("power over the last second", values[4]);
                 facts.put("temperature", values[5] + " C");
             }
         } catch (IOException e) {

@@ -1,32 +1,19 @@
 package io.moe4j.bench;
 
 import io.moe4j.BoundStep;
-import io.moe4j.Moe;
 import io.moe4j.MoeConfig;
-import io.moe4j.MoeGraph;
 import io.moe4j.MoeLayer;
-import io.moe4j.RoutingInput;
 import io.moe4j.StepTensors;
-import io.moe4j.checker.Checker;
-import io.moe4j.checker.Float64Oracle;
-import io.moe4j.checker.Routing;
-import io.moe4j.checker.TokenErrors;
 import io.moe4j.cuda.CudaProbe;
 import io.moe4j.ep.Group;
-import io.moe4j.model.LayerWeights;
 import io.moe4j.model.MoeShape;
 import io.moe4j.model.RandomWeights;
-import io.moe4j.tensor.DType;
 import io.moe4j.tensor.Tensor;
-import java.nio.ByteBuffer;
 import java.util.ArrayList;
 import java.util.Arrays;
 import java.util.Comparator;
 import java.util.List;
 import java.util.Map;
-import java.util.OptionalDouble;
-import java.util.function.Function;
-import java.util.function.IntFunction;
 import java.util.stream.IntStream;
 
 /**
@@ -84,41 +71,27 @@ public final class EpBench {
             RandomWeights vectors,
             RoutingPattern routing,
             List<Integer> tokens) {
-        List<BenchRow> rows = new ArrayList<>();
-        for (int i = 0; i < tokens.size(); i++) {
-            MoeConfig config =
-                    layer.toBuilder()
-                            .ranks(ranks)
-                            .maxTokensPerRank(tokens.get(i))
-                            .routingInput(RoutingInput.TOPK)
-                            .sharedExpert(false)
-                            .backend("cuda")
-                            .build();
-            rows.addAll(new Run(model, config, vectors, routing).measure());
-            options.progress().progress(i + 1, tokens.size());
-        }
-        return rows;
+        return GroupCase.each(
+                options,
+                ranks,
+                model,
+                layer,
+                vectors,
+                routing,
+                tokens,
+                groupCase -> new Run(groupCase).measure());
     }
 
     /** One group, one number of tokens. */
     private final class Run {
-        private final String model;
+        private final GroupCase groupCase;
         private final MoeConfig config;
-        private final RandomWeights vectors;
-        private final RoutingPattern routing;
-        private final int[] ids;
-        private final float[] hidden;
         private final EpCase known;
 
-        Run(String model, MoeConfig config, RandomWeights vectors, RoutingPattern routing) {
-            this.model = model;
-            this.config = config;
-            this.vectors = vectors;
-            this.routing = routing;
+        Run(GroupCase groupCase) {
+            this.groupCase = groupCase;
+            this.config = groupCase.config();
             MoeShape shape = config.shape();
-            int tokens = ranks * config.maxTokensPerRank();
-            ids = routing.ids(tokens, shape.experts(), shape.topK(), options.seed());
-            hidden = Checker.randomHidden(options.seed(), 0, tokens, shape.hidden());
             known =
                     recorded.stream()
                             .filter(
@@ -134,9 +107,9 @@ public final class EpBench {
         }
 
         List<BenchRow> measure() {
-            int sets = whole ? options.weightSets(2.0 * leastHit() * expertElements()) : 1;
-            List<Member> members =
-                    Group.inProcess(ranks).stream().map(group -> new Member(this, group)).toList();
+            double bytes = 2.0 * leastHit() * config.shape().expertElements();
+            int sets = whole ? options.weightSets(bytes) : 1;
+            List<Member> members = groupCase.members(group -> new Member(groupCase, group));
             try {
                 Group.together(members, member -> member.open(sets));
                 Group.together(members, Member::runAll);
@@ -151,7 +124,7 @@ public final class EpBench {
         private List<BenchRow> rows(List<Member> members, int sets, double error) {
             Cost experts = slowestExperts();
             List<BenchRow> rows = new ArrayList<>();
-            Sample pair = slowest(members, Member::pairs);
+            Sample pair = GroupCase.slowest(members, Member::pairs);
             rows.add(row(Stage.PAIR, pair, 1, null, null, error, options.mode()));
             if (skewUs > 0) {
                 Sample late = late(members);
@@ -159,9 +132,9 @@ public final class EpBench {
                 rows.add(row(Stage.PAIR, late, 1, null, null, error, mode));
             }
             if (whole) {
-                Sample chain = slowest(members, Member::experts);
+                Sample chain = GroupCase.slowest(members, Member::experts);
                 rows.add(row(Stage.CHAIN, chain, sets, experts, null, error, options.mode()));
-                Sample step = slowest(members, Member::steps);
+                Sample step = GroupCase.slowest(members, Member::steps);
                 double sum = chain.medianUs() + pair.medianUs();
                 rows.add(row(Stage.STEP, step, sets, experts, sum, error, options.mode()));
             }
@@ -169,36 +142,12 @@ public final class EpBench {
             return rows;
         }
 
-        private long expertElements() {
-            return config.shape().expertElements();
-        }
-
-        private int[] counts(int rank) {
-            int first = rank * config.expertsPerRank();
-            return RoutingPattern.counts(ids, first, first + config.expertsOn(rank));
-        }
-
         private int leastHit() {
-            return IntStream.range(0, ranks)
-                    .map(r -> (int) Arrays.stream(counts(r)).filter(c -> c > 0).count())
-                    .min()
-                    .orElse(1);
+            return IntStream.range(0, ranks).map(r -> ofRank(r).hitExperts()).min().orElse(1);
         }
 
         private BenchCase ofRank(int rank) {
-            MoeShape shape = config.shape();
-            return new BenchCase(
-                    known == null ? 0 : known.number(),
-                    model,
-                    shape.hidden(),
-                    shape.intermediate(),
-                    shape.experts(),
-                    shape.topK(),
-                    ranks,
-                    config.maxTokensPerRank(),
-                    routing.toString(),
-                    counts(rank),
-                    Map.of());
+            return groupCase.ofRank(rank, known == null ? 0 : known.number());
         }
 
         private Cost cost(int rank) {
@@ -230,7 +179,7 @@ public final class EpBench {
                     int at = rank * perRank + token * config.shape().topK();
                     int home = rank;
                     rows +=
-                            Arrays.stream(ids, at, at + config.shape().topK())
+                            Arrays.stream(groupCase.input().ids(), at, at + config.shape().topK())
                                     .map(config::rankOf)
                                     .filter(r -> r != home)
                                     .distinct()
@@ -270,89 +219,32 @@ public final class EpBench {
                     mode, floor, plain ? known.peersUs() : Map.of(), plain ? known.aimUs() : null);
         }
 
-        private Sample slowest(List<Member> members, Function<Member, Sample> of) {
-            return Arrays.stream(all(members, of))
-                    .max(Comparator.comparingDouble(Sample::medianUs))
-                    .orElseThrow();
-        }
-
         /** Of the rank that comes last. */
         private Sample late(List<Member> members) {
-            return all(members, Member::skewedPairs)[ranks - 1];
-        }
-
-        private Sample[] all(List<Member> members, Function<Member, Sample> of) {
-            Sample[] samples = new Sample[ranks];
-            Group.together(members, member -> samples[member.rank()] = of.apply(member));
-            return samples;
+            return GroupCase.all(members, Member::skewedPairs)[ranks - 1];
         }
     }
 
     /** One rank: its GPU, its layers, one per weight set. Its methods run on all ranks at once. */
-    private final class Member implements AutoCloseable {
-        private final Run run;
-        private final MoeConfig config;
-        private final Group group;
-        private final List<MoeLayer> layers = new ArrayList<>();
+    private final class Member extends GroupRank {
         private final List<BoundStep> steps = new ArrayList<>();
         private StepTensors tensors;
         private List<BoundStep> rotating;
-        private CudaProbe probe;
-        private int meetings;
 
-        Member(Run run, Group group) {
-            this.run = run;
-            this.config = run.config;
-            this.group = group;
-        }
-
-        int rank() {
-            return group.rank();
+        Member(GroupCase groupCase, Group group) {
+            super(groupCase, group);
         }
 
         void open(int sets) {
-            probe = new CudaProbe(rank());
-            IntFunction<LayerWeights> weights =
-                    set ->
-                            CudaProbe.randomWeights(
-                                    config.shape(), run.vectors, options.seed() + set);
+            openProbe();
             for (int set = 0; set < sets; set++) {
-                MoeLayer layer =
-                        Moe.open(
-                                config.toBuilder()
-                                        .weights(weights.apply(set))
-                                        .group(group)
-                                        .device(rank())
-                                        .build());
-                layers.add(layer);
-                layer.prepare();
+                MoeLayer layer = open(config, set);
                 if (tensors == null) {
-                    tensors = load(layer);
+                    tensors = load(layer, 0, config.maxTokensPerRank());
                 }
                 steps.add(layer.bind(List.of(tensors)));
             }
             rotating = CudaProbe.rotatingWeights(steps);
-        }
-
-        private StepTensors load(MoeLayer layer) {
-            int m = config.maxTokensPerRank();
-            int h = config.shape().hidden();
-            int k = config.shape().topK();
-            Tensor in = layer.memory().allocate(config.hiddenDType(), m, h);
-            Tensor host = Tensor.allocateHost(config.hiddenDType(), m, h);
-            host.writeFloats(run.hidden, rank() * m * h, 0, m * h);
-            layer.memory().write(in, host);
-            Tensor count = layer.memory().allocate(DType.I32, 1);
-            layer.memory().write(count, Tensor.ofInts(new int[] {m}, 1));
-            Tensor out = layer.memory().allocate(config.outDType(), m, h);
-            Tensor ids = layer.memory().allocate(DType.I32, m, k);
-            int[] mine = Arrays.copyOfRange(run.ids, rank() * m * k, (rank() + 1) * m * k);
-            layer.memory().write(ids, Tensor.ofInts(mine, m, k));
-            float[] equal = new float[m * k];
-            Arrays.fill(equal, 1f / k);
-            Tensor weights = layer.memory().allocate(DType.F32, m, k);
-            layer.memory().write(weights, Tensor.ofFloats(equal, m, k));
-            return StepTensors.topk(out, in, ids, weights, count);
         }
 
         /** A whole step of every layer. */
@@ -360,8 +252,7 @@ public final class EpBench {
             for (int set = 0; set < layers.size(); set++) {
                 layers.get(set).enqueue(probe.stream(), steps.get(set));
             }
-            probe.synchronize();
-            layers.forEach(MoeLayer::check);
+            checkFaults();
         }
 
         /** One step of layer 0, whose output then is in {@code out}. */
@@ -378,33 +269,9 @@ public final class EpBench {
          */
         double check() {
             int m = config.maxTokensPerRank();
-            int h = config.shape().hidden();
-            int k = config.shape().topK();
-            Tensor host = Tensor.allocateHost(config.outDType(), m, h);
-            layers.get(0).memory().read(host, tensors.out());
-            float[] equal = new float[k];
-            Arrays.fill(equal, 1f / k);
-            Float64Oracle oracle = Float64Oracle.of(layers.get(0).config());
-            double tolerance = new Checker(OptionalDouble.empty()).toleranceOf("cuda");
-            double worst = 0;
-            for (int token : m == 1 ? new int[] {0} : new int[] {0, m - 1}) {
-                int at = rank() * m + token;
-                float[] row = Arrays.copyOfRange(run.hidden, at * h, (at + 1) * h);
-                int[] chosen = Arrays.copyOfRange(run.ids, at * k, (at + 1) * k);
-                float[] got = new float[h];
-                host.readFloats(token * h, got, 0, h);
-                double[] want = oracle.routed(row, new Routing(1, k, chosen, equal));
-                double error = TokenErrors.of(got, want, 1, h).max();
-                if (!(error <= tolerance)) {
-                    throw new IllegalStateException(
-                            String.format(
-                                    "token %d of rank %d is off by %.1e (tolerance %.1e): a wrong"
-                                            + " result is not timed",
-                                    token, rank(), error, tolerance));
-                }
-                worst = Math.max(worst, error);
-            }
-            return worst;
+            Tensor out = read(tensors.out());
+            double worst = error(out, 0);
+            return m == 1 ? worst : Math.max(worst, error(out, m - 1));
         }
 
         Sample pairs() {
@@ -419,16 +286,10 @@ public final class EpBench {
             return time(CudaProbe.Phases.STEP, rotating);
         }
 
-        /** Graphs of several rounds, or rounds of launches; all ranks take as many samples. */
+        /** Graphs of several rounds, or rounds of launches. */
         private Sample time(CudaProbe.Phases phases, List<BoundStep> of) {
             int rounds = Math.max(1, PAIRS / of.size());
-            try (CudaTimer.Work work = work(phases, of, rounds)) {
-                meet(0);
-                double us = meet(Sample.of(probe.deviceUs(work::enqueue, 5), 1).medianUs());
-                int samples = (int) Math.max(20, Math.min(1000, 1e3 * options.sampleMs() / us));
-                meet(0);
-                return Sample.of(probe.deviceUs(work::enqueue, samples), rounds * of.size());
-            }
+            return time(work(phases, of, rounds), rounds * of.size());
         }
 
         /**
@@ -460,36 +321,7 @@ public final class EpBench {
                             }
                         });
             }
-            MoeGraph graph = probe.capture(of, phases, rounds);
-            return new CudaTimer.Work() {
-                @Override
-                public void enqueue() {
-                    graph.launch(probe.stream());
-                }
-
-                @Override
-                public void close() {
-                    graph.close();
-                }
-            };
-        }
-
-        /** All ranks get the largest of their numbers. */
-        private double meet(double mine) {
-            byte[] bytes = ByteBuffer.allocate(Double.BYTES).putDouble(mine).array();
-            return group.exchange("bench " + meetings++, bytes).stream()
-                    .mapToDouble(theirs -> ByteBuffer.wrap(theirs).getDouble())
-                    .max()
-                    .orElseThrow();
-        }
-
-        @Override
-        public void close() {
-            try (CudaProbe closed = probe) {
-                layers.forEach(MoeLayer::close);
-            } finally {
-                group.close();
-            }
+            return CudaTimer.of(probe, probe.capture(of, phases, rounds));
         }
     }
 }

@@ -4,7 +4,6 @@ import io.moe4j.BackendUnavailableException;
 import io.moe4j.BoundStep;
 import io.moe4j.Moe;
 import io.moe4j.MoeConfig;
-import io.moe4j.MoeGraph;
 import io.moe4j.MoeLayer;
 import io.moe4j.Phase;
 import io.moe4j.cuda.CudaProbe;
@@ -121,7 +120,7 @@ public final class ExpertsBench {
             int[] ids = benchCase.deal(config.shape().topK());
             IntFunction<LayerWeights> weights =
                     set -> CudaProbe.randomWeights(config.shape(), vectors, options.seed() + set);
-            LayerSet.Input input = LayerSet.Input.of(config, ids, options.seed());
+            BenchInput input = BenchInput.of(config, ids, options.seed());
             try (LayerSet layers = new LayerSet(config, weights, sets, input, probe.stream())) {
                 layers.runAll();
                 double error = layers.check();
@@ -230,18 +229,7 @@ public final class ExpertsBench {
                         }
                     });
         }
-        MoeGraph graph = probe.captureExperts(steps, part, rounds);
-        return new CudaTimer.Work() {
-            @Override
-            public void enqueue() {
-                graph.launch(probe.stream());
-            }
-
-            @Override
-            public void close() {
-                graph.close();
-            }
-        };
+        return CudaTimer.of(probe, probe.captureExperts(steps, part, rounds));
     }
 
     /** cuBLAS on the same counts, if asked for and there. */
@@ -343,17 +331,7 @@ public final class ExpertsBench {
 
     private static CudaTimer.Work replay(CudaProbe.Cublas cublas, Part part, int sets, int rounds) {
         CudaProbe.Replay replay = cublas.capture(part, sets, rounds);
-        return new CudaTimer.Work() {
-            @Override
-            public void enqueue() {
-                replay.launch();
-            }
-
-            @Override
-            public void close() {
-                replay.close();
-            }
-        };
+        return CudaTimer.of(replay::launch, replay::close);
     }
 
     private static Part part(Stage stage) {
@@ -390,7 +368,7 @@ public final class ExpertsBench {
         RandomWeights vectors = vectors(benchCase);
         MoeConfig config = config(benchCase, vectors);
         int[] ids = benchCase.deal(config.shape().topK());
-        LayerSet.Input input = LayerSet.Input.of(config, ids, options.seed());
+        BenchInput input = BenchInput.of(config, ids, options.seed());
         try (LayerSet layers = new LayerSet(config, set -> vectors, 1, input, 0)) {
             layers.runAll();
             double error = layers.check();

@@ -11,7 +11,6 @@ import io.moe4j.model.RandomWeights;
 import io.moe4j.model.RoutingRule;
 import java.util.Arrays;
 import java.util.List;
-import java.util.Map;
 
 /**
  * What a caller waits for besides the device: a cold start, and what the host spends on a step,
@@ -54,7 +53,7 @@ public final class LaunchBench {
                         .maxTokensPerRank(TOKENS)
                         .backend("cuda")
                         .build();
-        LayerSet.Input input = LayerSet.Input.of(config, null, options.seed());
+        BenchInput input = BenchInput.of(config, null, options.seed());
         try (CudaProbe probe = new CudaProbe();
                 LayerSet layers =
                         new LayerSet(
@@ -68,18 +67,12 @@ public final class LaunchBench {
             MoeLayer layer = layers.layer();
             BoundStep step = layers.steps().get(0);
             BenchCase ran =
-                    new BenchCase(
+                    BenchCase.of(
                             0,
                             "small",
-                            SHAPE.hidden(),
-                            SHAPE.intermediate(),
-                            SHAPE.experts(),
-                            SHAPE.topK(),
-                            ranks,
-                            TOKENS,
+                            config,
                             "uniform",
-                            RoutingPattern.counts(layers.chosenIds(), 0, SHAPE.experts()),
-                            Map.of());
+                            RoutingPattern.counts(layers.chosenIds(), 0, SHAPE.experts()));
             BenchOptions eager = mode(false);
             BenchOptions graphs = mode(true);
             Sample enqueue = hostTime(probe, () -> layer.enqueue(probe.stream(), step));

@@ -4,20 +4,12 @@ import io.moe4j.BoundStep;
 import io.moe4j.Moe;
 import io.moe4j.MoeConfig;
 import io.moe4j.MoeLayer;
-import io.moe4j.RoutingInput;
 import io.moe4j.StepTensors;
-import io.moe4j.checker.Checker;
-import io.moe4j.checker.Float64Oracle;
-import io.moe4j.checker.ReferenceCase;
-import io.moe4j.checker.Routing;
-import io.moe4j.checker.TokenErrors;
 import io.moe4j.model.LayerWeights;
-import io.moe4j.tensor.DType;
 import io.moe4j.tensor.Tensor;
 import java.util.ArrayList;
 import java.util.Arrays;
 import java.util.List;
-import java.util.OptionalDouble;
 import java.util.TreeSet;
 import java.util.function.IntFunction;
 
@@ -28,22 +20,8 @@ import java.util.function.IntFunction;
 final class LayerSet implements AutoCloseable {
     private static final int MOST_EXPERTS_CHECKED = 8;
 
-    /**
-     * Input of all ranks; every rank brings M tokens.
-     *
-     * @param hidden [R · M, H], bfloat16 values
-     * @param ids [R · M, K] or null if the layer routes by its own router
-     */
-    record Input(float[] hidden, int[] ids) {
-        /** Random hidden states and given ids. */
-        static Input of(MoeConfig config, int[] ids, long seed) {
-            int tokens = config.ranks() * config.maxTokensPerRank();
-            return new Input(Checker.randomHidden(seed, 0, tokens, config.shape().hidden()), ids);
-        }
-    }
-
     private final MoeConfig config;
-    private final Input input;
+    private final BenchInput input;
     private final long stream;
     private final List<MoeLayer> layers = new ArrayList<>();
     private final List<BoundStep> steps = new ArrayList<>();
@@ -53,7 +31,7 @@ final class LayerSet implements AutoCloseable {
             MoeConfig config,
             IntFunction<LayerWeights> weights,
             int sets,
-            Input input,
+            BenchInput input,
             long stream) {
         this.config = config;
         this.input = input;
@@ -74,34 +52,11 @@ final class LayerSet implements AutoCloseable {
         layer.prepare();
         List<StepTensors> ranks = new ArrayList<>();
         for (int rank = 0; rank < config.ranks(); rank++) {
-            ranks.add(load(layer, rank));
+            ranks.add(
+                    input.load(layer, rank * config.maxTokensPerRank(), config.maxTokensPerRank()));
         }
         tensors.add(ranks);
         steps.add(layer.bind(ranks));
-    }
-
-    private StepTensors load(MoeLayer layer, int rank) {
-        int m = config.maxTokensPerRank();
-        int h = config.shape().hidden();
-        int k = config.shape().topK();
-        Tensor hidden = layer.memory().allocate(config.hiddenDType(), m, h);
-        Tensor host = Tensor.allocateHost(config.hiddenDType(), m, h);
-        host.writeFloats(input.hidden(), rank * m * h, 0, m * h);
-        layer.memory().write(hidden, host);
-        Tensor count = layer.memory().allocate(DType.I32, 1);
-        layer.memory().write(count, Tensor.ofInts(new int[] {m}, 1));
-        Tensor out = layer.memory().allocate(config.outDType(), m, h);
-        if (config.routingInput() == RoutingInput.HIDDEN) {
-            return StepTensors.hidden(out, hidden, count);
-        }
-        Tensor ids = layer.memory().allocate(DType.I32, m, k);
-        int[] mine = Arrays.copyOfRange(input.ids(), rank * m * k, (rank + 1) * m * k);
-        layer.memory().write(ids, Tensor.ofInts(mine, m, k));
-        float[] equal = new float[m * k];
-        Arrays.fill(equal, 1f / k);
-        Tensor weights = layer.memory().allocate(DType.F32, m, k);
-        layer.memory().write(weights, Tensor.ofFloats(equal, m, k));
-        return StepTensors.topk(out, hidden, ids, weights, count);
     }
 
     /** The bound steps, one per weight set. */
@@ -155,56 +110,18 @@ final class LayerSet implements AutoCloseable {
      * @throws IllegalStateException if it is too large, so that nothing wrong is timed
      */
     double check() {
-        MoeConfig exact = layer().config();
         float[] out = output(0);
         int[] ids = chosenIds();
         int h = config.shape().hidden();
-        double tolerance = new Checker(OptionalDouble.empty()).toleranceOf(layer().backend());
+        int k = config.shape().topK();
         double worst = 0;
         for (int token : tokensToCheck(ids)) {
-            double[] want = expected(exact, token, ids);
+            int[] chosen = Arrays.copyOfRange(ids, token * k, (token + 1) * k);
             float[] got = Arrays.copyOfRange(out, token * h, (token + 1) * h);
-            double error = TokenErrors.of(got, want, 1, h).max();
-            if (!(error <= tolerance)) {
-                throw new IllegalStateException(
-                        "token "
-                                + token
-                                + " is off by "
-                                + error
-                                + " (tolerance "
-                                + tolerance
-                                + "): a wrong result is not timed");
-            }
+            double error = input.error(layer(), "token " + token, token, chosen, got);
             worst = Math.max(worst, error);
         }
         return worst;
-    }
-
-    private double[] expected(MoeConfig exact, int token, int[] ids) {
-        int h = config.shape().hidden();
-        int k = config.shape().topK();
-        float[] row = Arrays.copyOfRange(input.hidden(), token * h, (token + 1) * h);
-        int[] chosen = Arrays.copyOfRange(ids, token * k, (token + 1) * k);
-        Float64Oracle oracle = Float64Oracle.of(exact);
-        if (config.routingInput() == RoutingInput.HIDDEN) {
-            ReferenceCase reference = oracle.expect(0, row, 1);
-            Arrays.sort(chosen);
-            if (!Arrays.equals(chosen, reference.routing().sortedIds(0))) {
-                throw new IllegalStateException(
-                        "token " + token + " went to other experts than in float64");
-            }
-            return reference.full();
-        }
-        float[] equal = new float[k];
-        Arrays.fill(equal, 1f / k);
-        double[] sum = oracle.routed(row, new Routing(1, k, chosen, equal));
-        if (exact.usesSharedExpert()) {
-            double[] shared = oracle.shared(row, 1);
-            for (int i = 0; i < sum.length; i++) {
-                sum[i] += shared[i];
-            }
-        }
-        return sum;
     }
 
     /** First, last and middle token, as long as they do not need too many experts decoded. */

@@ -1,31 +1,20 @@
 package io.moe4j.bench;
 
 import io.moe4j.BoundStep;
-import io.moe4j.Moe;
 import io.moe4j.MoeConfig;
 import io.moe4j.MoeGraph;
 import io.moe4j.MoeLayer;
-import io.moe4j.RoutingInput;
 import io.moe4j.StepTensors;
-import io.moe4j.checker.Checker;
-import io.moe4j.checker.Float64Oracle;
-import io.moe4j.checker.Routing;
-import io.moe4j.checker.TokenErrors;
 import io.moe4j.cuda.CudaProbe;
 import io.moe4j.ep.Group;
-import io.moe4j.model.MoeShape;
 import io.moe4j.model.RandomWeights;
 import io.moe4j.overlap.TwoBatchOverlap;
-import io.moe4j.tensor.DType;
 import io.moe4j.tensor.Tensor;
-import java.nio.ByteBuffer;
 import java.util.ArrayList;
 import java.util.Arrays;
 import java.util.List;
-import java.util.Map;
-import java.util.OptionalDouble;
-import java.util.function.Function;
 import java.util.function.ToDoubleFunction;
+import java.util.stream.IntStream;
 
 /**
  * What two overlapped micro-batches gain: T tokens of each rank as one step, as two steps of T/2
@@ -75,57 +64,40 @@ public final class OverlapBench {
                         "--tokens " + each + " cannot be halved: give even numbers with --overlap");
             }
         }
-        List<BenchRow> rows = new ArrayList<>();
-        for (int i = 0; i < tokens.size(); i++) {
-            MoeConfig config =
-                    layer.toBuilder()
-                            .ranks(ranks)
-                            .maxTokensPerRank(tokens.get(i))
-                            .routingInput(RoutingInput.TOPK)
-                            .sharedExpert(false)
-                            .backend("cuda")
-                            .build();
-            rows.addAll(new Run(model, config, vectors, routing).measure());
-            options.progress().progress(i + 1, tokens.size());
-        }
-        return rows;
+        return GroupCase.each(
+                options,
+                ranks,
+                model,
+                layer,
+                vectors,
+                routing,
+                tokens,
+                groupCase -> new Run(groupCase).measure());
     }
 
     /** One group, one number of tokens. */
     private final class Run {
-        private final String model;
-        private final MoeConfig config;
-        private final RandomWeights vectors;
-        private final RoutingPattern routing;
-        private final int[] ids;
-        private final float[] hidden;
+        private final GroupCase groupCase;
 
-        Run(String model, MoeConfig config, RandomWeights vectors, RoutingPattern routing) {
-            this.model = model;
-            this.config = config;
-            this.vectors = vectors;
-            this.routing = routing;
-            MoeShape shape = config.shape();
-            int tokens = ranks * config.maxTokensPerRank();
-            ids = routing.ids(tokens, shape.experts(), shape.topK(), options.seed());
-            hidden = Checker.randomHidden(options.seed(), 0, tokens, shape.hidden());
+        Run(GroupCase groupCase) {
+            this.groupCase = groupCase;
         }
 
         List<BenchRow> measure() {
-            BenchCase busiest = ofRank(0);
+            BenchCase busiest = groupCase.ofRank(0, 0);
             for (int rank = 1; rank < ranks; rank++) {
-                busiest = ofRank(rank).rows() > busiest.rows() ? ofRank(rank) : busiest;
+                BenchCase other = groupCase.ofRank(rank, 0);
+                busiest = other.rows() > busiest.rows() ? other : busiest;
             }
-            double bytes = 2.0 * busiest.hitExperts() * config.shape().expertElements();
+            double bytes = 2.0 * busiest.hitExperts() * groupCase.config().shape().expertElements();
             int sets = options.weightSets(bytes);
-            List<Member> members =
-                    Group.inProcess(ranks).stream().map(group -> new Member(this, group)).toList();
+            List<Member> members = groupCase.members(group -> new Member(groupCase, group));
             try {
                 Group.together(members, member -> member.open(sets));
                 double error = worst(members, Member::check);
-                Sample whole = slowest(members, Member::oneStep);
-                Sample twice = slowest(members, Member::twoSteps);
-                Sample overlap = slowest(members, Member::overlapped);
+                Sample whole = GroupCase.slowest(members, Member::oneStep);
+                Sample twice = GroupCase.slowest(members, Member::twoSteps);
+                Sample overlap = GroupCase.slowest(members, Member::overlapped);
                 Group.together(members, Member::checkFaults);
                 double wholeUs = whole.medianUs();
                 return List.of(
@@ -156,31 +128,6 @@ public final class OverlapBench {
                     "overlap", of, stage, options, sets, sample, null, baseline, baselineUs, error);
         }
 
-        private BenchCase ofRank(int rank) {
-            MoeShape shape = config.shape();
-            int first = rank * config.expertsPerRank();
-            return new BenchCase(
-                    0,
-                    model,
-                    shape.hidden(),
-                    shape.intermediate(),
-                    shape.experts(),
-                    shape.topK(),
-                    ranks,
-                    config.maxTokensPerRank(),
-                    routing.toString(),
-                    RoutingPattern.counts(ids, first, first + config.expertsOn(rank)),
-                    Map.of());
-        }
-
-        private Sample slowest(List<Member> members, Function<Member, Sample> of) {
-            Sample[] samples = new Sample[ranks];
-            Group.together(members, member -> samples[member.rank()] = of.apply(member));
-            return Arrays.stream(samples)
-                    .max((a, b) -> Double.compare(a.medianUs(), b.medianUs()))
-                    .orElseThrow();
-        }
-
         private double worst(List<Member> members, ToDoubleFunction<Member> of) {
             double[] all = new double[ranks];
             Group.together(members, member -> all[member.rank()] = of.applyAsDouble(member));
@@ -189,31 +136,19 @@ public final class OverlapBench {
     }
 
     /** One rank and its GPU. Its methods run on all ranks at once. */
-    private final class Member implements AutoCloseable {
-        private final Run run;
-        private final MoeConfig config;
-        private final Group group;
-        private final List<MoeLayer> layers = new ArrayList<>();
-        private CudaProbe probe;
-        private StepTensors whole;
+    private final class Member extends GroupRank {
         private final List<StepTensors> halves = new ArrayList<>();
+        private StepTensors whole;
         private List<BoundStep> wholeSteps;
         private List<BoundStep> firstSteps;
         private List<BoundStep> secondSteps;
-        private int meetings;
 
-        Member(Run run, Group group) {
-            this.run = run;
-            this.config = run.config;
-            this.group = group;
-        }
-
-        int rank() {
-            return group.rank();
+        Member(GroupCase groupCase, Group group) {
+            super(groupCase, group);
         }
 
         void open(int sets) {
-            probe = new CudaProbe(rank());
+            openProbe();
             int m = config.maxTokensPerRank();
             MoeConfig half = config.toBuilder().maxTokensPerRank(m / 2).handles(2).build();
             List<MoeLayer> wholeLayers = openAll(config, sets);
@@ -228,22 +163,7 @@ public final class OverlapBench {
         }
 
         private List<MoeLayer> openAll(MoeConfig of, int sets) {
-            List<MoeLayer> opened = new ArrayList<>();
-            for (int set = 0; set < sets; set++) {
-                MoeConfig one =
-                        of.toBuilder()
-                                .weights(
-                                        CudaProbe.randomWeights(
-                                                of.shape(), run.vectors, options.seed() + set))
-                                .group(group)
-                                .device(rank())
-                                .build();
-                MoeLayer layer = Moe.open(one);
-                layers.add(layer);
-                opened.add(layer);
-                layer.prepare();
-            }
-            return opened;
+            return IntStream.range(0, sets).mapToObj(set -> open(of, set)).toList();
         }
 
         /** Layer after layer, each with the weights of the next set. */
@@ -258,27 +178,6 @@ public final class OverlapBench {
                 all.addAll(rotating);
             }
             return all;
-        }
-
-        private StepTensors load(MoeLayer layer, int first, int tokens) {
-            int h = config.shape().hidden();
-            int k = config.shape().topK();
-            int token = rank() * config.maxTokensPerRank() + first;
-            Tensor in = layer.memory().allocate(config.hiddenDType(), tokens, h);
-            Tensor host = Tensor.allocateHost(config.hiddenDType(), tokens, h);
-            host.writeFloats(run.hidden, token * h, 0, tokens * h);
-            layer.memory().write(in, host);
-            Tensor count = layer.memory().allocate(DType.I32, 1);
-            layer.memory().write(count, Tensor.ofInts(new int[] {tokens}, 1));
-            Tensor out = layer.memory().allocate(config.outDType(), tokens, h);
-            Tensor ids = layer.memory().allocate(DType.I32, tokens, k);
-            int[] mine = Arrays.copyOfRange(run.ids, token * k, (token + tokens) * k);
-            layer.memory().write(ids, Tensor.ofInts(mine, tokens, k));
-            float[] equal = new float[tokens * k];
-            Arrays.fill(equal, 1f / k);
-            Tensor weights = layer.memory().allocate(DType.F32, tokens, k);
-            layer.memory().write(weights, Tensor.ofFloats(equal, tokens, k));
-            return StepTensors.topk(out, in, ids, weights, count);
         }
 
         /**
@@ -316,42 +215,6 @@ public final class OverlapBench {
             return error(want, m - 1);
         }
 
-        private double error(Tensor got, int token) {
-            int h = config.shape().hidden();
-            int k = config.shape().topK();
-            int at = rank() * config.maxTokensPerRank() + token;
-            float[] row = Arrays.copyOfRange(run.hidden, at * h, (at + 1) * h);
-            int[] chosen = Arrays.copyOfRange(run.ids, at * k, (at + 1) * k);
-            float[] equal = new float[k];
-            Arrays.fill(equal, 1f / k);
-            float[] values = new float[h];
-            got.readFloats((long) token * h, values, 0, h);
-            double[] want =
-                    Float64Oracle.of(layers.get(0).config())
-                            .routed(row, new Routing(1, k, chosen, equal));
-            double error = TokenErrors.of(values, want, 1, h).max();
-            double tolerance = new Checker(OptionalDouble.empty()).toleranceOf("cuda");
-            if (!(error <= tolerance)) {
-                throw new IllegalStateException(
-                        String.format(
-                                "token %d of rank %d is off by %.1e (tolerance %.1e): a wrong"
-                                        + " result is not timed",
-                                token, rank(), error, tolerance));
-            }
-            return error;
-        }
-
-        private Tensor read(Tensor out) {
-            Tensor host = Tensor.allocateHost(out.dtype(), out.shape());
-            layers.get(0).memory().read(host, out);
-            return host;
-        }
-
-        void checkFaults() {
-            probe.synchronize();
-            layers.forEach(MoeLayer::check);
-        }
-
         Sample oneStep() {
             return time(probe.capture(wholeSteps, CudaProbe.Phases.STEP, 1));
         }
@@ -372,32 +235,7 @@ public final class OverlapBench {
         }
 
         private Sample time(MoeGraph layersInARow) {
-            try (MoeGraph graph = layersInARow) {
-                Runnable launch = () -> graph.launch(probe.stream());
-                meet(0);
-                double us = meet(Sample.of(probe.deviceUs(launch, 5), 1).medianUs());
-                int samples = (int) Math.max(20, Math.min(1000, 1e3 * options.sampleMs() / us));
-                meet(0);
-                return Sample.of(probe.deviceUs(launch, samples), wholeSteps.size());
-            }
-        }
-
-        /** All ranks get the largest of their numbers. */
-        private double meet(double mine) {
-            byte[] bytes = ByteBuffer.allocate(Double.BYTES).putDouble(mine).array();
-            return group.exchange("bench " + meetings++, bytes).stream()
-                    .mapToDouble(theirs -> ByteBuffer.wrap(theirs).getDouble())
-                    .max()
-                    .orElseThrow();
-        }
-
-        @Override
-        public void close() {
-            try (CudaProbe closed = probe) {
-                layers.forEach(MoeLayer::close);
-            } finally {
-                group.close();
-            }
+            return time(CudaTimer.of(probe, layersInARow), wholeSteps.size());
         }
     }
 }

@@ -258,20 +258,12 @@ final class CheckCommand extends BaseCommand {
         if (!debugSync && !hostSync) {
             return results;
         }
-        DebugRun run =
-                new DebugRun(
-                        tolerance == null ? OptionalDouble.empty() : OptionalDouble.of(tolerance),
-                        this::repeat);
+        DebugRun run = new DebugRun(tolerance(), this::repeat);
         try (ConsoleProgress progress = new ConsoleProgress("debugging")) {
             int part = 0;
             int parts = 2 * cases.size() * ranks.size();
             for (Map.Entry<Integer, List<ReferenceCase>> entry : cases.entrySet()) {
-                MoeConfig config =
-                        checkpoint
-                                .layer(entry.getKey())
-                                .config()
-                                .backend(backend.toString())
-                                .build();
+                MoeConfig config = onBackend(checkpoint, entry.getKey());
                 for (int count : ranks) {
                     if (hostSync) {
                         ProgressListener packing = progress.part(part, parts);
@@ -288,21 +280,22 @@ final class CheckCommand extends BaseCommand {
         return results;
     }
 
+    private MoeConfig onBackend(Checkpoint checkpoint, int number) {
+        return checkpoint.layer(number).config().backend(backend.toString()).build();
+    }
+
+    private OptionalDouble tolerance() {
+        return tolerance == null ? OptionalDouble.empty() : OptionalDouble.of(tolerance);
+    }
+
     private CheckReport run(Checkpoint checkpoint, Map<Integer, List<ReferenceCase>> cases) {
-        Checker checker =
-                new Checker(
-                        tolerance == null ? OptionalDouble.empty() : OptionalDouble.of(tolerance));
+        Checker checker = new Checker(tolerance());
         List<CaseResult> results = new ArrayList<>();
         int parts = cases.size() * ranks.size();
         int part = 0;
         try (ConsoleProgress progress = new ConsoleProgress("checking")) {
             for (Map.Entry<Integer, List<ReferenceCase>> entry : cases.entrySet()) {
-                MoeConfig config =
-                        checkpoint
-                                .layer(entry.getKey())
-                                .config()
-                                .backend(backend.toString())
-                                .build();
+                MoeConfig config = onBackend(checkpoint, entry.getKey());
                 for (int count : ranks) {
                     ProgressListener packing = progress.part(part++, parts);
                     results.addAll(
@@ -319,9 +312,7 @@ final class CheckCommand extends BaseCommand {
                         ? Group.inProcess(gpus)
                         : List.of(Group.join(groupFolder, rank, gpus, Group.DEFAULT_LIMIT));
         List<CaseResult> results = Collections.synchronizedList(new ArrayList<>());
-        Checker checker =
-                new Checker(
-                        tolerance == null ? OptionalDouble.empty() : OptionalDouble.of(tolerance));
+        Checker checker = new Checker(tolerance());
         try (ConsoleProgress progress = new ConsoleProgress("checking")) {
             Group.together(
                     groups,

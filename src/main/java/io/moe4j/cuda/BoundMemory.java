@@ -1,23 +1,86 @@
 package io.moe4j.cuda;
 
+import io.moe4j.MoeConfig;
 import io.moe4j.StepTensors;
 import io.moe4j.cuda.driver.Context;
 import io.moe4j.cuda.driver.Driver.PointerInfo;
 import io.moe4j.cuda.driver.Scope;
 import io.moe4j.tensor.Tensor;
+import java.util.List;
 
 /**
- * What the driver knows of the memory that a caller binds: whether the layer's kernels reach it.
+ * The memory that a caller binds: whether it fits the layer, and, by what the driver knows of it,
+ * whether the layer's kernels reach it.
  */
 final class BoundMemory {
     private BoundMemory() {}
 
     /**
-     * Asks the driver about every address.
+     * Checks the tensors that a caller binds, of all local ranks.
      *
-     * @throws IllegalArgumentException naming the tensor, where it lies and the cure
+     * @throws IllegalArgumentException naming the rank, the tensor and the cure
      */
-    static void requireReachable(StepTensors tensors, Context context) {
+    static void validate(List<StepTensors> ranks, MoeConfig config, Context context) {
+        if (ranks.size() != config.localRanks()) {
+            throw new IllegalArgumentException(
+                    "got the tensors of "
+                            + ranks.size()
+                            + " ranks but the layer has "
+                            + (config.group() == null
+                                    ? "ranks=" + config.ranks() + ": give one StepTensors per rank"
+                                    : "rank "
+                                            + config.group().rank()
+                                            + " of the group alone: give its StepTensors"));
+        }
+        for (int rank = 0; rank < ranks.size(); rank++) {
+            try {
+                validate(ranks.get(rank), config, context);
+            } catch (IllegalArgumentException e) {
+                throw new IllegalArgumentException("rank " + rank + ": " + e.getMessage(), e);
+            }
+        }
+    }
+
+    /**
+     * Asks the driver again about what was bound.
+     *
+     * @throws IllegalStateException naming the rank and the tensor whose memory is gone
+     */
+    static void requireAlive(List<StepTensors> ranks, Context context) {
+        for (int rank = 0; rank < ranks.size(); rank++) {
+            try {
+                requireReachable(ranks.get(rank), context);
+            } catch (IllegalArgumentException e) {
+                throw new IllegalStateException(
+                        "bound memory is gone, rank " + rank + ": " + e.getMessage(), e);
+            }
+        }
+    }
+
+    private static void validate(StepTensors tensors, MoeConfig config, Context context) {
+        tensors.validate(config);
+        requireDevice("hidden", tensors.hidden());
+        requireDevice("tokenCount", tensors.tokenCount());
+        requireDevice("topkIds", tensors.topkIds());
+        requireDevice("topkWeights", tensors.topkWeights());
+        requireDevice("routerLogits", tensors.routerLogits());
+        requireDevice("out", tensors.out());
+        requireReachable(tensors, context);
+    }
+
+    private static void requireDevice(String name, Tensor tensor) {
+        if (tensor != null && tensor.isHost()) {
+            throw new IllegalArgumentException(
+                    name
+                            + " is host memory but the CUDA backend reads device memory: use"
+                            + " Tensor.device or layer.memory().allocate");
+        }
+    }
+
+    /**
+     * Asks the driver about every address; throws naming the tensor, where it lies and the cure.
+     */
+    private static void requireReachable(StepTensors tensors, Context context) {
         try (Scope scope = context.enter()) {
             requireReachable("hidden", tensors.hidden(), context);
             requireReachable("tokenCount", tensors.tokenCount(), context);

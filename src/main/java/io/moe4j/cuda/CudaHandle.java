@@ -8,14 +8,14 @@ import io.moe4j.cuda.driver.PinnedBuffer;
 import io.moe4j.cuda.driver.Scope;
 import io.moe4j.cuda.layout.DeviceLayout;
 import io.moe4j.cuda.layout.DeviceStructs;
+import io.moe4j.cuda.layout.Region;
 import io.moe4j.ep.PeerStatistics;
 import java.lang.invoke.MethodHandles;
 import java.lang.invoke.VarHandle;
 import java.nio.ByteBuffer;
 import java.nio.ByteOrder;
-import java.util.ArrayDeque;
-import java.util.Deque;
 import java.util.List;
+import java.util.Set;
 import java.util.function.LongSupplier;
 
 /**
@@ -28,13 +28,29 @@ final class CudaHandle implements AutoCloseable {
     private static final VarHandle LONG =
             MethodHandles.byteBufferViewVarHandle(long[].class, ByteOrder.LITTLE_ENDIAN);
 
+    /** What later steps read of earlier ones. */
+    private static final Set<String> LASTING =
+            Set.of(
+                    "dispatch_flags",
+                    "combine_flags",
+                    "abort_words",
+                    "dispatch_lines",
+                    "combine_lines",
+                    "members",
+                    "peer_totals",
+                    "epoch",
+                    "arrivals",
+                    "totals",
+                    "work",
+                    "expert_done");
+
     private final DeviceLayout layout;
     private final Context context;
     private final int firstLocalRank;
     private final int ranks;
     private final long[] symmetric;
     private final long[] workspace;
-    private final Deque<AutoCloseable> owned = new ArrayDeque<>();
+    private final Owned owned = new Owned();
     private DeviceBuffer rankViews;
     private PinnedBuffer pinned;
 
@@ -59,7 +75,7 @@ final class CudaHandle implements AutoCloseable {
         try {
             allocate(regions);
         } catch (RuntimeException | Error e) {
-            closeAll(e);
+            owned.close(e);
             throw e;
         }
     }
@@ -69,11 +85,14 @@ final class CudaHandle implements AutoCloseable {
             symmetric[local] =
                     regions != null
                             ? regions.getAsLong()
-                            : own(new DeviceBuffer(context, layout.symmetric().size())).address();
-            workspace[local] = own(new DeviceBuffer(context, layout.workspace().size())).address();
+                            : owned.add(new DeviceBuffer(context, layout.symmetric().size()))
+                                    .address();
+            workspace[local] =
+                    owned.add(new DeviceBuffer(context, layout.workspace().size())).address();
         }
-        rankViews = own(new DeviceBuffer(context, (long) ranks * DeviceStructs.RANK_VIEW.size()));
-        pinned = own(new PinnedBuffer(context, layout.pinned().size()));
+        rankViews =
+                owned.add(new DeviceBuffer(context, (long) ranks * DeviceStructs.RANK_VIEW.size()));
+        pinned = owned.add(new PinnedBuffer(context, layout.pinned().size()));
         // why rank 0 alone in a group: the others are not connected yet
         clear(regions == null ? -1L >>> (Long.SIZE - ranks) : 1L);
         connect(symmetric);
@@ -170,11 +189,6 @@ final class CudaHandle implements AutoCloseable {
         }
     }
 
-    private <T extends AutoCloseable> T own(T resource) {
-        owned.push(resource);
-        return resource;
-    }
-
     long rankViews() {
         return rankViews.address();
     }
@@ -252,6 +266,27 @@ final class CudaHandle implements AutoCloseable {
                         countersOffset(rank) + DeviceStructs.SOFT_COUNTERS.offset(field));
     }
 
+    /**
+     * For tests, when no step runs: fills every buffer that a step must rewrite before it reads;
+     * flags, epochs, arrival counters and totals, which live from step to step, stay. The context
+     * is entered, and whoever calls waits for the fills.
+     */
+    void poison(byte value) {
+        for (int local = 0; local < symmetric.length; local++) {
+            poison(layout.symmetric(), symmetric[local], value);
+            poison(layout.workspace(), workspace[local], value);
+        }
+    }
+
+    private void poison(Region region, long base, byte value) {
+        for (Region.Field field : region.fields()) {
+            if (!LASTING.contains(field.name())) {
+                long address = region.address(base, field.name());
+                context.driver().memsetD8(address, value, field.bytes());
+            }
+        }
+    }
+
     /** For tests: what the device reports to. */
     ByteBuffer reports() {
         return pinned.bytes();
@@ -269,20 +304,6 @@ final class CudaHandle implements AutoCloseable {
 
     @Override
     public void close() {
-        RuntimeException failure = new RuntimeException("closing a handle");
-        closeAll(failure);
-        if (failure.getSuppressed().length > 0) {
-            throw failure;
-        }
-    }
-
-    private void closeAll(Throwable cause) {
-        while (!owned.isEmpty()) {
-            try {
-                owned.pop().close();
-            } catch (Exception e) {
-                cause.addSuppressed(e);
-            }
-        }
+        owned.close("closing a handle");
     }
 }

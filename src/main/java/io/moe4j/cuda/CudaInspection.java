@@ -29,6 +29,25 @@ final class CudaInspection implements StepInspection {
         this.reader = reader;
     }
 
+    /**
+     * Refuses a handle or a local rank that the layer does not have.
+     *
+     * @throws IllegalArgumentException naming what it has
+     */
+    static void requireThere(MoeConfig config, int handle, int rank) {
+        if (handle < 0 || handle >= config.handles() || rank < 0 || rank >= config.localRanks()) {
+            throw new IllegalArgumentException(
+                    "there is no handle "
+                            + handle
+                            + " with rank "
+                            + rank
+                            + ": the layer has handles="
+                            + config.handles()
+                            + " and ranks="
+                            + config.localRanks());
+        }
+    }
+
     @Override
     public int tokens() {
         return ints(handle.workspace(rank, "home_tokens"), 0, 1)[0];

@@ -9,8 +9,6 @@ import io.moe4j.cuda.driver.Driver;
 import io.moe4j.cuda.driver.Event;
 import io.moe4j.cuda.driver.Scope;
 import io.moe4j.cuda.driver.Stream;
-import java.util.ArrayDeque;
-import java.util.Deque;
 import java.util.List;
 import java.util.Set;
 import java.util.concurrent.locks.ReentrantLock;
@@ -24,7 +22,7 @@ import java.util.concurrent.locks.ReentrantLock;
 final class CudaLanes implements MoeLanes {
     private static final int NONE = -1;
 
-    private final CudaLayer owner;
+    private final StepCapture capture;
     private final CudaLayer[] layers;
     private final Context context;
     private final LanePart[] parts;
@@ -39,13 +37,14 @@ final class CudaLanes implements MoeLanes {
     private final int[] last;
 
     private final Event fork;
-    private final Deque<AutoCloseable> owned = new ArrayDeque<>();
+    private final Owned owned = new Owned();
     private final ReentrantLock lock = new ReentrantLock();
     private boolean closed;
 
     /** Takes over the pins that {@code layers} already hold for it. */
-    CudaLanes(CudaLayer owner, Context context, List<LanePart> schedule, Set<CudaLayer> layers) {
-        this.owner = owner;
+    CudaLanes(
+            StepCapture capture, Context context, List<LanePart> schedule, Set<CudaLayer> layers) {
+        this.capture = capture;
         this.context = context;
         this.layers = layers.toArray(CudaLayer[]::new);
         this.parts = schedule.toArray(LanePart[]::new);
@@ -68,25 +67,20 @@ final class CudaLanes implements MoeLanes {
         this.streams = new Stream[LanePart.MOST_LANES];
         this.events = new Event[parts.length];
         try {
-            fork = own(new Event(context, false));
+            fork = owned.add(new Event(context, false));
             for (int lane = 1; lane < last.length; lane++) {
                 if (last[lane] != NONE) {
-                    streams[lane] = own(new Stream(context));
+                    streams[lane] = owned.add(new Stream(context));
                     awaited[last[lane]] = true;
                 }
             }
             for (int i = 0; i < parts.length; i++) {
-                events[i] = awaited[i] ? own(new Event(context, false)) : null;
+                events[i] = awaited[i] ? owned.add(new Event(context, false)) : null;
             }
         } catch (RuntimeException | Error e) {
-            free(e);
+            owned.close(e);
             throw e;
         }
-    }
-
-    private <T extends AutoCloseable> T own(T resource) {
-        owned.push(resource);
-        return resource;
     }
 
     @Override
@@ -136,7 +130,7 @@ final class CudaLanes implements MoeLanes {
         lock.lock();
         try {
             requireOpen();
-            return owner.capture(stream, layers, parts.length, () -> run(stream));
+            return capture.graph(stream, List.of(layers), parts.length, () -> run(stream));
         } finally {
             lock.unlock();
         }
@@ -157,27 +151,16 @@ final class CudaLanes implements MoeLanes {
         try {
             if (!closed) {
                 closed = true;
-                RuntimeException failure = new RuntimeException("closing a schedule");
-                free(failure);
-                for (CudaLayer layer : layers) {
-                    layer.unpin();
-                }
-                if (failure.getSuppressed().length > 0) {
-                    throw failure;
+                try {
+                    owned.close("closing a schedule");
+                } finally {
+                    for (CudaLayer layer : layers) {
+                        layer.unpin();
+                    }
                 }
             }
         } finally {
             lock.unlock();
-        }
-    }
-
-    private void free(Throwable cause) {
-        while (!owned.isEmpty()) {
-            try {
-                owned.pop().close();
-            } catch (Exception e) {
-                cause.addSuppressed(e);
-            }
         }
     }
 }

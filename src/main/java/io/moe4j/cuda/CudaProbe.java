@@ -24,12 +24,8 @@ import io.moe4j.model.LayerWeights;
 import io.moe4j.model.MoeShape;
 import io.moe4j.model.RandomWeights;
 import io.moe4j.observe.GraphTrace;
-import java.util.ArrayDeque;
 import java.util.ArrayList;
 import java.util.Arrays;
-import java.util.Collections;
-import java.util.Deque;
-import java.util.IdentityHashMap;
 import java.util.List;
 import java.util.Set;
 import java.util.function.Consumer;
@@ -63,9 +59,11 @@ public final class CudaProbe implements AutoCloseable {
         STEP
     }
 
+    private static final String FREEING = "freeing what a benchmark used";
+
     private final Context context;
     private final Stream stream;
-    private final Deque<AutoCloseable> owned = new ArrayDeque<>();
+    private final Owned owned = new Owned();
 
     /** A probe on device 0, or on the one that {@code moe4j.cuda.device} names. */
     public CudaProbe() {
@@ -79,8 +77,8 @@ public final class CudaProbe implements AutoCloseable {
      */
     public CudaProbe(int device) {
         context = new Context(Drivers.open(), device);
-        owned.push(context);
-        stream = own(new Stream(context));
+        owned.add(context);
+        stream = owned.add(new Stream(context));
     }
 
     /**
@@ -93,11 +91,6 @@ public final class CudaProbe implements AutoCloseable {
      */
     public static LayerWeights randomWeights(MoeShape shape, RandomWeights vectors, long seed) {
         return new DeviceRandomWeights(shape, vectors, seed);
-    }
-
-    private <T extends AutoCloseable> T own(T resource) {
-        owned.push(resource);
-        return resource;
     }
 
     /** {@return the stream everything here runs on} */
@@ -234,15 +227,9 @@ public final class CudaProbe implements AutoCloseable {
 
     private MoeGraph capture(
             List<? extends BoundStep> steps, Consumer<BoundStep> launch, int rounds) {
-        Set<CudaLayer> pinned = Collections.newSetFromMap(new IdentityHashMap<>());
+        Set<CudaLayer> pinned =
+                StepCapture.pin(steps.stream().map(step -> ((CudaStep) step).cudaLayer()).toList());
         try {
-            for (BoundStep step : steps) {
-                CudaLayer layer = ((CudaStep) step).cudaLayer();
-                if (!pinned.contains(layer)) {
-                    layer.pin();
-                    pinned.add(layer);
-                }
-            }
             GraphExec exec =
                     GraphExec.capture(
                             context,
@@ -322,7 +309,7 @@ public final class CudaProbe implements AutoCloseable {
 
     /** The baseline: captures one round over all weight sets. Closed with its memory. */
     public final class Cublas implements AutoCloseable {
-        private final Deque<AutoCloseable> resources = new ArrayDeque<>();
+        private final Owned resources = new Owned();
         private final int[] counts;
         private final int hidden;
         private final int intermediate;
@@ -343,7 +330,7 @@ public final class CudaProbe implements AutoCloseable {
             this.intermediate = intermediate;
             long rows = Arrays.stream(rowsOfHit).sum();
             try {
-                gemm = keep(new CublasGemm(context, stream()));
+                gemm = resources.add(new CublasGemm(context, stream()));
                 gateUp = new long[sets];
                 down = new long[sets];
                 for (int set = 0; set < sets; set++) {
@@ -364,14 +351,9 @@ public final class CudaProbe implements AutoCloseable {
             }
         }
 
-        private <T extends AutoCloseable> T keep(T resource) {
-            resources.push(resource);
-            return resource;
-        }
-
         private long random(long bytes, long seed) {
             long tiles = (bytes + 16383) / 16384;
-            DeviceBuffer buffer = keep(new DeviceBuffer(context, tiles * 16384));
+            DeviceBuffer buffer = resources.add(new DeviceBuffer(context, tiles * 16384));
             fillRandom(buffer.address(), Math.toIntExact(tiles), seed);
             return buffer.address();
         }
@@ -435,7 +417,7 @@ public final class CudaProbe implements AutoCloseable {
 
         @Override
         public void close() {
-            CudaProbe.close(resources);
+            resources.close(FREEING);
         }
     }
 
@@ -467,8 +449,8 @@ public final class CudaProbe implements AutoCloseable {
     private void fillRandom(long address, int tiles, long seed) {
         if (fillKernels == null) {
             KernelCatalog catalog = KernelCatalog.choose(context.driver(), context.device());
-            fillKernels = own(catalog.load(context, smallestLayer()));
-            arena = own(new ParamArena(context));
+            fillKernels = owned.add(catalog.load(context, smallestLayer()));
+            arena = owned.add(new ParamArena(context));
         }
         KernelParams params = arena.params(DeviceStructs.FILL_PARAMS.size());
         var writer = DeviceStructs.FILL_PARAMS.writer(params.bytes(0));
@@ -495,24 +477,6 @@ public final class CudaProbe implements AutoCloseable {
     /** Frees everything; layers opened by the caller must be closed before. */
     @Override
     public void close() {
-        close(owned);
-    }
-
-    private static void close(Deque<AutoCloseable> resources) {
-        RuntimeException failure = null;
-        while (!resources.isEmpty()) {
-            try {
-                resources.pop().close();
-            } catch (Exception e) {
-                if (failure == null) {
-                    failure = new IllegalStateException("freeing what a benchmark used", e);
-                } else {
-                    failure.addSuppressed(e);
-                }
-            }
-        }
-        if (failure != null) {
-            throw failure;
-        }
+        owned.close(FREEING);
     }
 }

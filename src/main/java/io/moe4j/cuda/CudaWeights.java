@@ -20,9 +20,7 @@ import java.nio.ByteBuffer;
 import java.nio.ByteOrder;
 import java.nio.FloatBuffer;
 import java.nio.ShortBuffer;
-import java.util.ArrayDeque;
 import java.util.ArrayList;
-import java.util.Deque;
 import java.util.List;
 import java.util.concurrent.Callable;
 import java.util.concurrent.ExecutionException;
@@ -46,7 +44,7 @@ final class CudaWeights implements AutoCloseable {
     private final MoeConfig config;
     private final DeviceLayout layout;
     private final long base;
-    private final Deque<AutoCloseable> owned = new ArrayDeque<>();
+    private final Owned owned = new Owned();
 
     CudaWeights(
             Context context,
@@ -220,21 +218,12 @@ final class CudaWeights implements AutoCloseable {
     }
 
     private synchronized <T extends AutoCloseable> T own(T resource) {
-        owned.push(resource);
-        return resource;
+        return owned.add(resource);
     }
 
     @Override
     public void close() {
-        while (!owned.isEmpty()) {
-            try {
-                owned.pop().close();
-            } catch (RuntimeException e) {
-                throw e;
-            } catch (Exception e) {
-                throw new IllegalStateException(e);
-            }
-        }
+        owned.close("freeing what packed the weights");
     }
 
     /** One thread's stream, staging memory and scratch. */

@@ -52,7 +52,7 @@ class CasesGpuTest {
         ExpertsBench bench = new ExpertsBench(options());
         MoeConfig config = bench.config(one, bench.vectors(one));
         int[] ids = one.deal(config.shape().topK());
-        LayerSet.Input input = LayerSet.Input.of(config, ids, SEED);
+        BenchInput input = BenchInput.of(config, ids, SEED);
         TreeMap<String, Double> portable = new TreeMap<>();
         float[] want = run("mma", config, input, portable, one);
         TreeMap<String, Double> errors = new TreeMap<>();
@@ -84,7 +84,7 @@ class CasesGpuTest {
     private static float[] run(
             String gemm,
             MoeConfig config,
-            LayerSet.Input input,
+            BenchInput input,
             TreeMap<String, Double> ran,
             BenchCase one) {
         System.setProperty("moe4j.cuda.gemm", gemm);
@@ -131,8 +131,7 @@ class CasesGpuTest {
     }
 
     /** Largest relative L2 error of the sampled tokens. */
-    private static double worst(
-            MoeConfig config, LayerSet.Input input, float[] out, BenchCase one) {
+    private static double worst(MoeConfig config, BenchInput input, float[] out, BenchCase one) {
         int h = one.hidden();
         int k = config.shape().topK();
         int[] tokens = sampled(one);

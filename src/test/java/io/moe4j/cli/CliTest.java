@@ -19,7 +19,7 @@ import java.util.List;
 import org.junit.jupiter.api.Test;
 import org.junit.jupiter.api.io.TempDir;
 import org.junit.jupiter.params.ParameterizedTest;
-import org.junit.jupiter.params.provider.ValueSource;
+import org.junit.jupiter.params.provider.MethodSource;
 import picocli.CommandLine;
 
 class CliTest {
@@ -32,16 +32,7 @@ class CliTest {
     private record Run(int exitCode, String out, String err) {}
 
     @ParameterizedTest
-    @ValueSource(
-            strings = {
-                "mixtral",
-                "qwen2_moe",
-                "qwen3_moe",
-                "qwen3_moe_fp8",
-                "deepseek_v3",
-                "deepseek_v3_fp8",
-                "gpt_oss"
-            })
+    @MethodSource("io.moe4j.GoldenFolders#names")
     void shouldAgreeWithEveryGoldenCheckpointOnTheCpu(String name) {
         Run run =
                 run("check", "--checkpoint", golden(name), "--backend", "cpu", "--ranks", "1,2,4");

@@ -2,47 +2,32 @@ package io.moe4j.cuda;
 
 import static org.assertj.core.api.Assertions.assertThat;
 
+import io.moe4j.GoldenFolders;
 import io.moe4j.HostSyncCheckedLayer;
 import io.moe4j.Moe;
 import io.moe4j.MoeConfig;
 import io.moe4j.MoeLayer;
-import io.moe4j.cli.Main;
 import io.moe4j.model.MoeShape;
 import io.moe4j.model.RandomWeights;
 import io.moe4j.weights.TinyCheckpoints;
-import java.io.PrintWriter;
-import java.io.StringWriter;
 import java.nio.file.Path;
 import java.util.ArrayList;
 import java.util.List;
 import org.junit.jupiter.api.Test;
 import org.junit.jupiter.api.io.TempDir;
 import org.junit.jupiter.params.ParameterizedTest;
+import org.junit.jupiter.params.provider.MethodSource;
 import org.junit.jupiter.params.provider.ValueSource;
-import picocli.CommandLine;
 
 /** The checker on CUDA: golden folders and generated checkpoints of every family, R = 1 to 8. */
 @EnabledIfCuda
 class CheckGpuTest {
     @TempDir Path folder;
 
-    private static Path golden() {
-        return Path.of(System.getProperty("moe4j.golden", "src/test/resources/golden"));
-    }
-
     @ParameterizedTest
-    @ValueSource(
-            strings = {
-                "mixtral",
-                "qwen2_moe",
-                "qwen3_moe",
-                "qwen3_moe_fp8",
-                "deepseek_v3",
-                "deepseek_v3_fp8",
-                "gpt_oss"
-            })
+    @MethodSource("io.moe4j.GoldenFolders#names")
     void shouldAgreeWithGoldenOutput(String name) {
-        check(golden().resolve(name));
+        check(GoldenFolders.of(name));
     }
 
     @ParameterizedTest
@@ -65,7 +50,7 @@ class CheckGpuTest {
     @ParameterizedTest
     @ValueSource(strings = {"qwen2_moe", "qwen3_moe_fp8", "deepseek_v3", "gpt_oss"})
     void shouldFindNoDifferingStageAndNoHostSync(String name) {
-        String out = check(golden().resolve(name), "--debug-sync", "--host-sync");
+        String out = check(GoldenFolders.of(name), "--debug-sync", "--host-sync");
         assertThat(out)
                 .contains("cuda: all ", " stages agree", "cuda: no host sync in 3 steps")
                 .doesNotContain("MISMATCH");
@@ -75,7 +60,7 @@ class CheckGpuTest {
     void shouldCheckEveryLayerOfAnApplicationThatAsksForItByProperty() {
         System.setProperty("moe4j.cuda.checked", "true");
         try {
-            check(golden().resolve("mixtral"));
+            check(GoldenFolders.of("mixtral"));
             MoeConfig config =
                     MoeConfig.builder()
                             .weights(RandomWeights.of(MoeShape.of(64, 48, 12, 4), 1))
@@ -90,24 +75,9 @@ class CheckGpuTest {
     }
 
     private static String check(Path checkpoint, String... more) {
-        StringWriter out = new StringWriter();
-        CommandLine main = Main.commandLine();
-        main.setOut(new PrintWriter(out));
-        main.setErr(new PrintWriter(out));
         List<String> arguments =
-                new ArrayList<>(
-                        List.of(
-                                "check",
-                                "--checkpoint",
-                                checkpoint.toString(),
-                                "--backend",
-                                "cuda",
-                                "--ranks",
-                                "1,2,4,8"));
+                new ArrayList<>(List.of("--backend", "cuda", "--ranks", "1,2,4,8"));
         arguments.addAll(List.of(more));
-        int exit = main.execute(arguments.toArray(String[]::new));
-        System.out.println(out);
-        assertThat(exit).as(out.toString()).isZero();
-        return out.toString();
+        return CheckRun.of(checkpoint, arguments.toArray(String[]::new));
     }
 }

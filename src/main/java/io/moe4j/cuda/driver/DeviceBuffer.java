@@ -1,5 +1,6 @@
 package io.moe4j.cuda.driver;
 
+import java.nio.ByteBuffer;
 import java.util.concurrent.atomic.AtomicBoolean;
 
 /** Device memory, freed on close. Not zeroed; whoever closes it knows that no work uses it. */
@@ -34,6 +35,24 @@ public final class DeviceBuffer implements AutoCloseable {
     /** {@return the size in bytes} */
     public long size() {
         return size;
+    }
+
+    /**
+     * Copies bytes to the beginning and waits until they are there. Fit for a time when another
+     * stream is being captured.
+     *
+     * @param bytes from position to limit, at most as many as the buffer has
+     */
+    public void upload(ByteBuffer bytes) {
+        int count = bytes.remaining();
+        // why a stream of its own: the legacy stream may wait for one that is being captured
+        try (Scope scope = context.enter();
+                PinnedBuffer pinned = new PinnedBuffer(context, count);
+                Stream stream = new Stream(context)) {
+            pinned.bytes().put(0, bytes, bytes.position(), count);
+            context.driver().memcpyHtoDAsync(address(), pinned.memory(), 0, count, stream.handle());
+            stream.synchronize();
+        }
     }
 
     /** Frees the memory; waits for the device. Idempotent. */
