@@ -36,6 +36,7 @@ import picocli.CommandLine.Option;
         })
 final class CheckCommand extends BaseCommand {
     private static final int ORACLE_TOKENS = 32;
+    private static final List<Integer> DEFAULT_RANKS = List.of(1, 4);
 
     @Option(
             names = "--checkpoint",
@@ -65,8 +66,10 @@ final class CheckCommand extends BaseCommand {
             names = "--ranks",
             paramLabel = "R",
             split = ",",
-            defaultValue = "1,4",
-            description = "Numbers of ranks to check, comma-separated (default: ${DEFAULT-VALUE}).")
+            description = {
+                "Numbers of ranks to check, comma-separated (default: 1,4). With --gpus one number:"
+                        + " ranks of the group (default: one on each GPU)."
+            })
     private List<Integer> ranks;
 
     @Option(
@@ -126,8 +129,8 @@ final class CheckCommand extends BaseCommand {
             names = "--gpus",
             paramLabel = "N",
             description = {
-                "Run on N GPUs, a rank on each, instead of --ranks; also compares every bit with"
-                        + " N virtual ranks on one GPU."
+                "Run on N GPUs, a rank on each, or --ranks R on GPU r modulo N, which share GPUs;"
+                        + " also compares every bit with as many virtual ranks on one GPU."
             })
     private Integer gpus;
 
@@ -158,7 +161,7 @@ final class CheckCommand extends BaseCommand {
     public Integer call() {
         requireUsable();
         if (gpus != null && processes && rank == null) {
-            return RankProcesses.run(gpus, commandLine());
+            return RankProcesses.run(groupRanks(), commandLine());
         }
         Moe.Choice choice = Moe.choose(backend.toString());
         try (Checkpoint checkpoint = Checkpoint.open(LayerSource.folder(folder))) {
@@ -202,9 +205,22 @@ final class CheckCommand extends BaseCommand {
             throw new IllegalArgumentException(
                     "--gpus excludes --debug-sync, --host-sync and --backend cpu");
         }
+        if (inGroup && ranks != null && ranks.size() != 1) {
+            throw new IllegalArgumentException(
+                    "--gpus takes one number of --ranks, got " + ranks);
+        }
         if (tolerance != null && !(tolerance >= 0)) {
             throw new IllegalArgumentException("--tolerance=" + tolerance + " is not 0 or more");
         }
+    }
+
+    /** Numbers of virtual ranks. */
+    private List<Integer> ranks() {
+        return ranks == null ? DEFAULT_RANKS : ranks;
+    }
+
+    private int groupRanks() {
+        return ranks == null ? gpus : ranks.get(0);
     }
 
     private boolean usesGolden() {
@@ -264,7 +280,7 @@ final class CheckCommand extends BaseCommand {
                         this::repeat);
         try (ConsoleProgress progress = new ConsoleProgress("debugging")) {
             int part = 0;
-            int parts = 2 * cases.size() * ranks.size();
+            int parts = 2 * cases.size() * ranks().size();
             for (Map.Entry<Integer, List<ReferenceCase>> entry : cases.entrySet()) {
                 MoeConfig config =
                         checkpoint
@@ -272,7 +288,7 @@ final class CheckCommand extends BaseCommand {
                                 .config()
                                 .backend(backend.toString())
                                 .build();
-                for (int count : ranks) {
+                for (int count : ranks()) {
                     if (hostSync) {
                         ProgressListener packing = progress.part(part, parts);
                         results.addAll(run.hostSync(config, entry.getValue(), count, packing));
@@ -293,7 +309,7 @@ final class CheckCommand extends BaseCommand {
                 new Checker(
                         tolerance == null ? OptionalDouble.empty() : OptionalDouble.of(tolerance));
         List<CaseResult> results = new ArrayList<>();
-        int parts = cases.size() * ranks.size();
+        int parts = cases.size() * ranks().size();
         int part = 0;
         try (ConsoleProgress progress = new ConsoleProgress("checking")) {
             for (Map.Entry<Integer, List<ReferenceCase>> entry : cases.entrySet()) {
@@ -303,7 +319,7 @@ final class CheckCommand extends BaseCommand {
                                 .config()
                                 .backend(backend.toString())
                                 .build();
-                for (int count : ranks) {
+                for (int count : ranks()) {
                     ProgressListener packing = progress.part(part++, parts);
                     results.addAll(
                             checker.check(config, entry.getValue(), count, this::repeat, packing));
@@ -316,8 +332,9 @@ final class CheckCommand extends BaseCommand {
     private CheckReport inGroup(Checkpoint checkpoint, Map<Integer, List<ReferenceCase>> cases) {
         List<Group> groups =
                 rank == null
-                        ? Group.inProcess(gpus)
-                        : List.of(Group.join(groupFolder, rank, gpus, Group.DEFAULT_LIMIT));
+                        ? Group.inProcess(groupRanks())
+                        : List.of(
+                                Group.join(groupFolder, rank, groupRanks(), Group.DEFAULT_LIMIT));
         List<CaseResult> results = Collections.synchronizedList(new ArrayList<>());
         Checker checker =
                 new Checker(
@@ -331,7 +348,11 @@ final class CheckCommand extends BaseCommand {
                             int part = 0;
                             for (Map.Entry<Integer, List<ReferenceCase>> entry : cases.entrySet()) {
                                 MoeConfig config =
-                                        checkpoint.layer(entry.getKey()).config().build();
+                                        checkpoint
+                                                .layer(entry.getKey())
+                                                .config()
+                                                .device(group.rank() % gpus)
+                                                .build();
                                 ProgressListener packing =
                                         group.rank() == 0
                                                 ? progress.part(part++, cases.size())
@@ -360,7 +381,12 @@ final class CheckCommand extends BaseCommand {
             command.append(" --oracle --seed ").append(seed);
         }
         command.append(" --layer ").append(reference.layer());
-        command.append(gpus == null ? " --ranks " : " --gpus ").append(count);
+        if (gpus != null) {
+            command.append(" --gpus ").append(gpus);
+        }
+        if (gpus == null || gpus != count) {
+            command.append(" --ranks ").append(count);
+        }
         if (gpus != null && rank != null) {
             command.append(" --processes");
         }

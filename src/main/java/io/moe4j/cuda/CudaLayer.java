@@ -73,8 +73,11 @@ final class CudaLayer implements MoeLayer {
 
     private static final int ITEMS_MISSING = 4; // kInternal of step_params.cuh
 
+    private static final System.Logger LOG = System.getLogger("io.moe4j");
+
     private final MoeConfig config;
     private final String reason;
+    private volatile String groupNote = "";
     private final Context context;
     private final KernelCatalog catalog;
     private final DeviceLayout layout;
@@ -127,7 +130,7 @@ final class CudaLayer implements MoeLayer {
 
     @Override
     public String backendReason() {
-        return reason;
+        return reason + groupNote;
     }
 
     @Override
@@ -158,6 +161,7 @@ final class CudaLayer implements MoeLayer {
                 throw e;
             }
             generation = 0;
+            groupNote = config.group() == null ? "" : ofGroup();
             prepared = true;
         } finally {
             lock.unlock();
@@ -166,7 +170,8 @@ final class CudaLayer implements MoeLayer {
 
     /**
      * A layer of a group meets the others four times: what they have in common, where their memory
-     * is, once all have written to it, and once all have seen what was written.
+     * is, once all have written to it, and once all have seen what was written. Where rows are to
+     * travel in lines, once more, to hear whether lines arrive whole.
      *
      * <p>why the lock: two layers that a rank prepares at once would mix up their meetings.
      */
@@ -187,12 +192,36 @@ final class CudaLayer implements MoeLayer {
                     },
                     peers::addresses);
             peers.meet("the self-test's writes", () -> peers.connect(handles, kernels), all -> {});
-            peers.meet("the self-test's result", () -> peers.verify(kernels), all -> {});
+            if (!kernels.lines()) {
+                peers.meet("the self-test's result", () -> peers.verify(kernels), all -> {});
+                return;
+            }
+            peers.meet("the self-test's result", () -> peers.verifyForLines(kernels), all -> {});
+            peers.meet("the test of lines", () -> peers.tryLines(handles[0]), peers::judgeLines);
+            if (!peers.brokenLines().isEmpty()) {
+                kernels.useRows();
+                LOG.log(
+                        System.Logger.Level.WARNING,
+                        "rank {0}: {1}; rows travel as rows with a flag behind them",
+                        firstRank(),
+                        peers.brokenLines());
+            }
         }
     }
 
+    /** Of a rank of a group: how its rows travel, and with whom it shares its GPU. */
+    private String ofGroup() {
+        String text = ", rows travel " + (kernels.lines() ? "in lines" : "as rows");
+        if (!peers.brokenLines().isEmpty()) {
+            text += ": " + peers.brokenLines();
+        }
+        return peers.sharing() == 1
+                ? text
+                : text + ", " + peers.sharing() + " ranks of the group share the GPU";
+    }
+
     private void allocate(ProgressListener progress) {
-        kernels = own(catalog.load(context, config));
+        kernels = own(catalog.load(context, config, peers == null ? 1 : peers.sharing()));
         DeviceBuffer weights = own(new DeviceBuffer(context, layout.weights().size()));
         weightsBase = weights.address();
         handles = new CudaHandle[config.handles()];
@@ -227,7 +256,7 @@ final class CudaLayer implements MoeLayer {
             for (CudaHandle handle : handles) {
                 CudaStep step = pack(List.of(noTokens(nothing)), handle, weightsBase, true);
                 try {
-                    for (Kernel kernel : warmUpFlow()) {
+                    for (Kernel kernel : kernels.everyKernelOfAStep()) {
                         kernel.launch(context.driver(), 1, stream.handle(), step.params());
                     }
                     stream.synchronize();
@@ -246,16 +275,6 @@ final class CudaLayer implements MoeLayer {
                 handle.clear(-1L >>> (Long.SIZE - config.ranks()));
             }
         }
-    }
-
-    /** Every kernel of the layer: each phase alone, then a whole step. */
-    private List<Kernel> warmUpFlow() {
-        List<Kernel> flow = new ArrayList<>();
-        for (Phase phase : PHASES) {
-            flow.addAll(List.of(kernels.of(phase)));
-        }
-        flow.addAll(List.of(kernels.flow(Phase.ROUTE, Phase.COMBINE_RECV)));
-        return flow;
     }
 
     /** Nothing is used but the count, which is 0. */
@@ -531,7 +550,7 @@ final class CudaLayer implements MoeLayer {
             to.put("off_" + buffer, layout.symmetric().offset(buffer));
         }
         boolean lines = layout.symmetric().has("dispatch_lines");
-        to.put("wire", lines ? 1 : 0);
+        to.put("wire", kernels.lines() ? 1 : 0);
         for (String buffer : List.of("dispatch_lines", "combine_lines")) {
             to.put("off_" + buffer, lines ? layout.symmetric().offset(buffer) : 0L);
         }
