@@ -2,6 +2,8 @@ package io.moe4j.cuda;
 
 import io.moe4j.MoeFaultException;
 import io.moe4j.MoeGraph;
+import io.moe4j.cuda.driver.Context;
+import io.moe4j.cuda.driver.Drivers;
 import io.moe4j.ep.Group;
 import java.nio.file.Path;
 import java.time.Duration;
@@ -14,12 +16,14 @@ public final class GpuRankMain {
     public static void main(String[] args) {
         int tokens = Integer.parseInt(args[1]);
         long seed = Long.parseLong(args[2]);
+        // why before it joins: what takes long is done when its round begins
+        Context warm = new Context(Drivers.open(), 1);
         Group group = Group.join(Path.of(args[0]), 1, 2, Duration.ofSeconds(30));
         GpuRank rank = GpuRank.open(GpuRank.config(), group);
         rank.load(GpuRank.batch(1, tokens, seed));
         MoeGraph graph = rank.capture();
         group.exchange("loaded", new byte[0]);
-        try {
+        try (warm) {
             while (true) {
                 rank.enqueue();
                 for (int i = 0; i < 9; i++) {
