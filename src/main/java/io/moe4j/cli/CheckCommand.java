@@ -206,8 +206,7 @@ final class CheckCommand extends BaseCommand {
                     "--gpus excludes --debug-sync, --host-sync and --backend cpu");
         }
         if (inGroup && ranks != null && ranks.size() != 1) {
-            throw new IllegalArgumentException(
-                    "--gpus takes one number of --ranks, got " + ranks);
+            throw new IllegalArgumentException("--gpus takes one number of --ranks, got " + ranks);
         }
         if (tolerance != null && !(tolerance >= 0)) {
             throw new IllegalArgumentException("--tolerance=" + tolerance + " is not 0 or more");
@@ -333,8 +332,7 @@ final class CheckCommand extends BaseCommand {
         List<Group> groups =
                 rank == null
                         ? Group.inProcess(groupRanks())
-                        : List.of(
-                                Group.join(groupFolder, rank, groupRanks(), Group.DEFAULT_LIMIT));
+                        : List.of(Group.join(groupFolder, rank, groupRanks(), Group.DEFAULT_LIMIT));
         List<CaseResult> results = Collections.synchronizedList(new ArrayList<>());
         Checker checker =
                 new Checker(

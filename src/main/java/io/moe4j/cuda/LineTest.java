@@ -110,8 +110,7 @@ final class LineTest implements AutoCloseable {
             launch(config.ranks(), handle.rankViews(), layout.selfTestOffset(0));
             stream.synchronize();
             ByteBuffer got =
-                    ByteBuffer.allocateDirect(config.ranks() * size)
-                            .order(ByteOrder.LITTLE_ENDIAN);
+                    ByteBuffer.allocateDirect(config.ranks() * size).order(ByteOrder.LITTLE_ENDIAN);
             context.driver().memcpyDtoH(got, findings.address());
             List<Finding> all = new ArrayList<>();
             for (int source = 0; source < config.ranks(); source++) {

@@ -151,7 +151,9 @@ final class PeerMemory implements AutoCloseable {
         return (RuntimeException) failure;
     }
 
-    /** Finds out whether all ranks open the same layer, on GPUs that let them wait for each other. */
+    /**
+     * Finds out whether all ranks open the same layer, on GPUs that let them wait for each other.
+     */
     void agree(String kernels) {
         meet("configuration", () -> greeting(kernels), this::compare);
     }

@@ -421,8 +421,7 @@ class GroupRecordingTest {
                     if (method.equals("memcpyDtoH")
                             && ((ByteBuffer) arguments[0]).capacity() == 3 * size) {
                         ByteBuffer to = (ByteBuffer) arguments[0];
-                        to.putLong(
-                                source * size + DeviceStructs.LINE_FINDING.offset("torn"), torn);
+                        to.putLong(source * size + DeviceStructs.LINE_FINDING.offset("torn"), torn);
                         to.putLong(
                                 source * size + DeviceStructs.LINE_FINDING.offset("missing"),
                                 missing);

@@ -229,7 +229,8 @@ public final class LoadedKernels implements AutoCloseable {
      * @param sharing ranks of the group on this GPU
      */
     static int grid(KernelCatalog.KernelDef def, MoeConfig config, int sms, int sharing) {
-        // why: ranks wait for each other, so what waits must not take the GPU from what is waited for
+        // why: ranks wait for each other, so what waits must not take the GPU from what is waited
+        // for
         long waiting = sharing > 1 ? sms / (2L * sharing * config.handles()) : Long.MAX_VALUE;
         long together = Math.min(waiting, sms / config.localRanks());
         long m = config.maxTokensPerRank();
@@ -241,8 +242,7 @@ public final class LoadedKernels implements AutoCloseable {
                     case "tokens" -> clamp((m + 3) / 4, 8L * sms);
                     case "rows" -> clamp(m * chunks, Math.min(waiting, 2L * sms));
                     case "slots" -> clamp(config.ranks() * m * chunks, 2L * sms);
-                    case "experts" ->
-                            clamp(config.expertsPerRank(), Math.min(waiting, 4L * sms));
+                    case "experts" -> clamp(config.expertsPerRank(), Math.min(waiting, 4L * sms));
                     case "gemm" -> 2L * sms;
                     case "sm" -> sms;
                     case "pairs" -> Math.max(2, sms / 2 * 2);
