@@ -19,6 +19,7 @@ import java.util.List;
 import java.util.Map;
 import java.util.OptionalDouble;
 import java.util.TreeMap;
+import java.util.concurrent.ConcurrentHashMap;
 import picocli.CommandLine.Command;
 import picocli.CommandLine.Option;
 
@@ -136,17 +137,18 @@ final class CheckCommand extends BaseCommand {
 
     @Option(
             names = "--processes",
-            description = "With --gpus: a process for each rank instead of a thread.")
+            description = "With --gpus: a process for each GPU instead of a thread for each rank.")
     private boolean processes;
 
     @Option(
             names = "--rank",
             paramLabel = "R",
+            split = ",",
             description = {
-                "With --gpus: be rank R only, and meet the other processes in --group. Rank 0"
-                        + " prints."
+                "With --gpus: be rank R only, or several, comma-separated, and meet the other"
+                        + " processes in --group. Rank 0 prints."
             })
-    private Integer rank;
+    private List<Integer> rank;
 
     @Option(
             names = "--group",
@@ -161,13 +163,13 @@ final class CheckCommand extends BaseCommand {
     public Integer call() {
         requireUsable();
         if (gpus != null && processes && rank == null) {
-            return RankProcesses.run(groupRanks(), commandLine());
+            return RankProcesses.run(gpus, groupRanks(), commandLine());
         }
         Moe.Choice choice = Moe.choose(backend.toString());
         try (Checkpoint checkpoint = Checkpoint.open(LayerSource.folder(folder))) {
             Map<Integer, List<ReferenceCase>> cases =
                     usesGolden() ? goldenCases(checkpoint) : oracleCases(checkpoint);
-            if (rank != null && rank != 0) {
+            if (rank != null && !rank.contains(0)) {
                 inGroup(checkpoint, cases); // why silent: rank 0 has all results
                 return ExitCodes.OK;
             }
@@ -329,10 +331,7 @@ final class CheckCommand extends BaseCommand {
     }
 
     private CheckReport inGroup(Checkpoint checkpoint, Map<Integer, List<ReferenceCase>> cases) {
-        List<Group> groups =
-                rank == null
-                        ? Group.inProcess(groupRanks())
-                        : List.of(Group.join(groupFolder, rank, groupRanks(), Group.DEFAULT_LIMIT));
+        List<Group> groups = rank == null ? Group.inProcess(groupRanks()) : join();
         List<CaseResult> results = Collections.synchronizedList(new ArrayList<>());
         Checker checker =
                 new Checker(
@@ -367,6 +366,18 @@ final class CheckCommand extends BaseCommand {
                     });
         }
         return new CheckReport(folder.toString(), results);
+    }
+
+    /** The ranks of this process, which wait for each other and for those of others. */
+    private List<Group> join() {
+        Map<Integer, Group> joined = new ConcurrentHashMap<>();
+        Group.together(
+                rank,
+                r -> {
+                    Group group = Group.join(groupFolder, r, groupRanks(), Group.DEFAULT_LIMIT);
+                    joined.put(r, group);
+                });
+        return List.copyOf(new TreeMap<>(joined).values());
     }
 
     private String repeat(ReferenceCase reference, int count, String backendName) {

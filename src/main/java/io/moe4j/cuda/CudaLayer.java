@@ -598,6 +598,7 @@ final class CudaLayer implements MoeLayer {
         }
         try {
             requirePrepared();
+            requireStreamOfItsOwn(stream);
             requireNext(cudaStep, first, last);
             try (Scope scope = context.enter()) {
                 launch(stream, cudaStep, first, last);
@@ -629,6 +630,14 @@ final class CudaLayer implements MoeLayer {
             throw error;
         }
         return (RuntimeException) e;
+    }
+
+    private void requireStreamOfItsOwn(long stream) {
+        if (stream == 0 && peers != null && peers.sharing() > 1) {
+            throw new IllegalArgumentException(
+                    "stream=0 is one stream for all ranks of the GPU, which wait for each other:"
+                            + " enqueue each on a stream of its own");
+        }
     }
 
     private static void requireNext(CudaStep step, Phase first, Phase last) {

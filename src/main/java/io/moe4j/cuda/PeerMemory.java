@@ -48,6 +48,7 @@ final class PeerMemory implements AutoCloseable {
     /** Meetings that what an earlier one left behind may spoil. */
     private static final int RECOVERY_ATTEMPTS = 8;
 
+    private static final System.Logger LOG = System.getLogger("io.moe4j");
     private static final byte OK = 0;
     private static final byte FAILED = 1;
 
@@ -544,6 +545,7 @@ final class PeerMemory implements AutoCloseable {
     byte[] tryLines(CudaHandle handle) {
         List<LineTest.Finding> findings = lineTest.run(handle, layout);
         closeLineTest();
+        LOG.log(System.Logger.Level.DEBUG, "rank {0}: lines {1}", group.rank(), findings);
         ByteBuffer bytes = ByteBuffer.allocate(findings.size() * LineTest.Finding.BYTES);
         findings.forEach(finding -> finding.put(bytes));
         return bytes.array();

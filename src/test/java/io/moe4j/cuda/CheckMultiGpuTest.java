@@ -68,6 +68,21 @@ class CheckMultiGpuTest {
         check(golden(name), "--gpus", "2", "--ranks", "4");
     }
 
+    @ParameterizedTest
+    @ValueSource(
+            strings = {
+                "mixtral",
+                "qwen2_moe",
+                "qwen3_moe",
+                "qwen3_moe_fp8",
+                "deepseek_v3",
+                "deepseek_v3_fp8",
+                "gpt_oss"
+            })
+    void shouldAgreeWithGoldenOutputAndVirtualRanksByProcessesOfTwoRanks(String name) {
+        check(golden(name), "--gpus", "2", "--ranks", "4", "--processes");
+    }
+
     private static void check(Path checkpoint, String... more) {
         StringWriter out = new StringWriter();
         CommandLine main = Main.commandLine();

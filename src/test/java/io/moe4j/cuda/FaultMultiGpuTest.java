@@ -13,7 +13,6 @@ import io.moe4j.Recovery;
 import io.moe4j.cuda.driver.Scope;
 import io.moe4j.ep.Group;
 import io.moe4j.ep.PeerStatistics;
-import java.io.IOException;
 import java.nio.ByteBuffer;
 import java.nio.ByteOrder;
 import java.nio.file.Path;
@@ -378,7 +377,7 @@ class FaultMultiGpuTest {
             for (int round = 0; round < rounds; round++) {
                 // why: a JVM takes longer to start than a round
                 for (int r = round + started.size(); r < Math.min(rounds, round + 4); r++) {
-                    started.add(child(folder.resolve("r" + r)));
+                    started.add(GpuRankMain.start(folder.resolve("r" + r), TOKENS, 3, 2));
                 }
                 Kill kill =
                         kill(
@@ -481,22 +480,5 @@ class FaultMultiGpuTest {
         }
         killed[0] = System.nanoTime();
         child.destroyForcibly();
-    }
-
-    private static Process child(Path meeting) throws IOException {
-        return new ProcessBuilder(
-                        Path.of(System.getProperty("java.home"), "bin", "java").toString(),
-                        "-Xmx256m",
-                        "-XX:TieredStopAtLevel=1",
-                        "-XX:+UseSerialGC",
-                        "-cp",
-                        System.getProperty("java.class.path"),
-                        GpuRankMain.class.getName(),
-                        meeting.toString(),
-                        Integer.toString(TOKENS),
-                        "3")
-                .redirectErrorStream(true)
-                .redirectOutput(ProcessBuilder.Redirect.DISCARD)
-                .start();
     }
 }

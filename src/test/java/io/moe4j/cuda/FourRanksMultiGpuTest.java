@@ -13,15 +13,18 @@ import io.moe4j.cuda.driver.Scope;
 import io.moe4j.ep.Group;
 import java.nio.ByteBuffer;
 import java.nio.ByteOrder;
+import java.nio.file.Path;
 import java.time.Duration;
 import java.util.ArrayList;
 import java.util.Arrays;
 import java.util.List;
+import java.util.Objects;
 import java.util.Set;
 import java.util.concurrent.TimeUnit;
 import org.junit.jupiter.api.AfterEach;
 import org.junit.jupiter.api.Test;
 import org.junit.jupiter.api.Timeout;
+import org.junit.jupiter.api.io.TempDir;
 import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.ValueSource;
 
@@ -36,6 +39,8 @@ class FourRanksMultiGpuTest {
     private static final int TOKENS = 11;
     private static final Duration BUDGET = Duration.ofMillis(200);
     private static final long SLACK_MS = 500;
+
+    @TempDir Path folder;
 
     private GpuRank[] ranks = {};
     private final Batch[] batches = new Batch[RANKS];
@@ -235,6 +240,67 @@ class FourRanksMultiGpuTest {
             }
             at.context().driver().streamSynchronize(0L);
         }
+    }
+
+    /** A process for each GPU with two ranks: own, beside it, and of another process. */
+    @Test
+    void shouldNameARankOfAProcessThatWasKilledAndRunOnWithoutItsTwo() throws Exception {
+        for (int round = 0; round < 3; round++) {
+            Path meeting = folder.resolve("r" + round);
+            Process child = GpuRankMain.start(meeting, TOKENS, 7, RANKS);
+            try {
+                GpuRank[] here = new GpuRank[2];
+                Group.together(
+                        List.of(0, 1),
+                        i -> {
+                            Group group = Group.join(meeting, 2 * i, RANKS, Duration.ofSeconds(30));
+                            MoeConfig config = GpuRank.config(RANKS);
+                            here[i] = GpuRank.open(config.toBuilder().device(0).build(), group);
+                            here[i].load(GpuRank.batch(2 * i, TOKENS, 7));
+                            group.exchange("loaded", new byte[0]);
+                        });
+                ranks = here;
+                killAndRunOn(child, 5 + 31 * round);
+            } finally {
+                child.destroyForcibly();
+            }
+            close();
+            ranks = new GpuRank[0];
+        }
+    }
+
+    private void killAndRunOn(Process child, int delay) throws Exception {
+        long begin = System.nanoTime();
+        long killed = 0;
+        List<RankLostException> faults = List.of();
+        while (faults.isEmpty() && System.nanoTime() - begin < 20_000_000_000L) {
+            for (int i = 0; i < 10; i++) {
+                List.of(ranks).forEach(GpuRank::enqueue);
+            }
+            if (killed == 0 && System.nanoTime() - begin > delay * 1_000_000L) {
+                killed = System.nanoTime();
+                child.destroyForcibly();
+            }
+            List.of(ranks).forEach(GpuRank::await);
+            faults =
+                    Arrays.stream(ranks)
+                            .map(FourRanksMultiGpuTest::lost)
+                            .filter(Objects::nonNull)
+                            .toList();
+        }
+        long heard = TimeUnit.NANOSECONDS.toMillis(System.nanoTime() - killed);
+        System.out.println("KILLS a process of two ranks: heard of after " + heard + " ms");
+        assertThat(heard).isLessThan(GpuRank.BUDGET.toMillis() + SLACK_MS);
+        assertThat(faults).hasSize(2);
+        assertThat(faults).allSatisfy(fault -> assertThat(fault.peer()).isIn(1, 3));
+        Group.together(List.of(ranks), rank -> rank.harness.layer.recover(Set.of(1, 3)));
+        Batch[] rest = new Batch[RANKS];
+        for (int r = 0; r < RANKS; r++) {
+            Batch all = GpuRank.batch(r, TOKENS, 7);
+            rest[r] = r % 2 == 1 ? Batch.empty() : GpuRank.without(Set.of(1, 3), all, RANKS);
+        }
+        List.of(ranks).forEach(GpuRank::enqueue);
+        compare(List.of(ranks), GpuRank.expected(rest));
     }
 
     @Test

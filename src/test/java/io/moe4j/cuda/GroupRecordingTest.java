@@ -83,12 +83,16 @@ class GroupRecordingTest {
     }
 
     private StepTensors tensors(int device) {
-        long context = recording.primaryContextRetain(device);
-        recording.primaryContextRelease(device);
+        return tensors(device, recording, 16);
+    }
+
+    private static StepTensors tensors(int device, RecordingDriver driver, int tokens) {
+        long context = driver.primaryContextRetain(device);
+        driver.primaryContextRelease(device);
         return StepTensors.hidden(
-                Tensor.device(recording.foreignMemory(1 << 16, context), DType.F32, 16, 64),
-                Tensor.device(recording.foreignMemory(1 << 16, context), DType.BF16, 16, 64),
-                Tensor.device(recording.foreignMemory(1 << 16, context), DType.I32, 1));
+                Tensor.device(driver.foreignMemory(1 << 16, context), DType.F32, tokens, 64),
+                Tensor.device(driver.foreignMemory(1 << 16, context), DType.BF16, tokens, 64),
+                Tensor.device(driver.foreignMemory(1 << 16, context), DType.I32, 1));
     }
 
     private static long bytes(MemoryPlan plan, String name) {
@@ -266,6 +270,11 @@ class GroupRecordingTest {
                                 layer ->
                                         layer.backendReason()
                                                 .endsWith("2 ranks of the group share the GPU"));
+                BoundStep step = layers.get(0).bind(List.of(tensors(0, two, 128)));
+                assertThatThrownBy(() -> layers.get(0).enqueue(0, step))
+                        .isInstanceOf(IllegalArgumentException.class)
+                        .hasMessageContaining("stream=0 is one stream for all ranks of the GPU");
+                layers.get(0).enqueue(two.foreignStream(), step);
                 int sms = two.deviceAttribute(0, DeviceAttribute.MULTIPROCESSOR_COUNT);
                 assertThat(two.launches())
                         .filteredOn(
