@@ -14,4 +14,5 @@
 #include "kernels/combine_recv.cu"
 #include "kernels/combine_fused.cu"
 #include "kernels/pack_weights.cu"
+#include "kernels/line_test.cu"
 #include "kernels/gate.cu"

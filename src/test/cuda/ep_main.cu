@@ -120,6 +120,7 @@ void use(int gpu) { CHECK_CUDA(cudaSetDevice(gpu)); }
 int up_to(int n, int m) { return (n + m - 1) / m * m; }
 
 enum Form { kFused, kSplit, kForms };
+constexpr int kOwnThenAny = 6;  // routing: variants by turns without a row for another rank, and with any
 const char* const kFormNames[] = {"fused", "split"};
 const char* const kWireNames[] = {"rows", "lines"};
 
@@ -169,6 +170,7 @@ class Group {
     std::vector<std::vector<cudaGraphExec_t>> graphs;  // of GPU, of form
     std::vector<uint64_t> members;
     std::barrier<> meet;
+    uint64_t delay_before_recv = 0;  // ns, of a split dispatch that is launched and not captured
     std::vector<std::pair<size_t, size_t>> scratch;  // of a region: offset and bytes that every step rewrites
 
     explicit Group(const Config& config) : c(config), meet(config.G) {
@@ -275,7 +277,7 @@ class Group {
                 in.asked = fixed_tokens >= 0 ? fixed_tokens : counts[random.below(8)];
                 in.hidden.resize(static_cast<size_t>(c.M) * c.H), in.ids.resize(c.M * c.K), in.weights.resize(c.M * c.K);
                 for (auto& h : in.hidden) h = half_of(random.uniform());
-                const int form = routing >= 0 ? routing : random.below(6);
+                const int form = routing == kOwnThenAny ? (v % 2 ? 0 : 4) : routing >= 0 ? routing : random.below(6);
                 std::vector<int> all(c.E);
                 for (int t = 0; t < c.M; t++) {
                     for (int e = 0; e < c.E; e++) all[e] = e;
@@ -519,6 +521,10 @@ class Group {
         CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, params[gpu]));
     }
 
+    void delay(int gpu) {
+        if (delay_before_recv) delay_kernel<<<1, 1, 0, streams[gpu]>>>(delay_before_recv);
+    }
+
     int64_t dispatch_ctas() const {
         if (c.dispatch_ctas) return std::min(c.dispatch_ctas, sms / local);
         const int64_t pieces = (moe::dispatch_row_lines(Hp, c.K) + 3) / 4;
@@ -540,9 +546,11 @@ class Group {
         run(gpu, moe_route_topk, std::min<int64_t>((c.M + 3) / 4, 8 * sms), 128, false);
         if (lines) {
             run(gpu, moe_dispatch_send_lines, dispatch_ctas(), moe::kFusedThreads, true);
+            delay(gpu);
             run(gpu, moe_dispatch_recv_lines, dispatch_ctas(), moe::kFusedThreads, true);
         } else {
             run(gpu, moe_dispatch_send, rows, 256, false);
+            delay(gpu);
             run(gpu, moe_dispatch_recv, std::min(L, 4 * sms), 256, false);
             run(gpu, moe_dispatch_index, std::min(L, 4 * sms), 256, false);
         }
@@ -649,8 +657,48 @@ void run_batch(Group& group, uint64_t seed, bool delays, bool mixed, Form form) 
     });
 }
 
+// A home rank that needs nothing from a peer may still not go on before the peer has read what it sent: the
+// combine flag says so. Rank 0 has no row for rank 1, and rank 1 is slow between sending and reading. In the
+// next step rank 0 has rows for it, which would overwrite what rank 1 has not read. With the flag forged
+// rank 0 does what a combine does that does not wait: rank 1 has to notice.
+void runs_ahead(int wire, Form form, bool forged) {
+    Config c;
+    c.G = 2, c.R = 2, c.M = 16, c.K = 4, c.E = 16, c.H = 256, c.wire = wire, c.timeout_ns = 500000000;
+    Group group(c);
+    const uint64_t late = 20000000, epoch = 1;
+    const std::string name = std::string(kWireNames[wire]) + " " + kFormNames[form] + (forged ? " flag forged" : "") + ": a rank ahead ";
+    for (int g = 0; g < 2; g++) use(g), group.make_inputs(g, 21, kOwnThenAny, 12);
+    if (forged) CHECK_CUDA(cudaMemcpy(group.region_at<uint64_t>(0, group.params[0].off_combine_flags) + 1, &epoch, 8, cudaMemcpyHostToDevice));
+    const auto start = Clock::now();
+    use(1);
+    group.use_variant(1, 0);
+    group.delay_before_recv = late;
+    group.launch_part(1, kSplit, 0);
+    group.delay_before_recv = 0;
+    group.launch_part(1, kSplit, 1);
+    group.keep_output(1, 0), group.use_variant(1, 1), group.launch(1, form), group.keep_output(1, 1);
+    use(0);
+    for (int v = 0; v < 2; v++) group.use_variant(0, v), group.launch(0, form), group.keep_output(0, v);
+    for (int g = 0; g < 2; g++) group.end(g);
+    const double took = seconds_since(start);
+    if (forged) {
+        expect(group.ranks[1].error->code == moe::kEpochMismatch && group.ranks[1].error->op == moe::kOpDispatchRecv,
+               name + "shows: " + group.record(1));
+        return;
+    }
+    expect(took >= late / 1e9, name + "waits for the slow one");
+    for (int g = 0; g < 2; g++) {
+        use(g);
+        group.on_ranks_of(g, [&](int r, Rank& k) {
+            for (int v = 0; v < 2; v++) group.check_output(r, v, name + "variant " + std::to_string(v));
+            expect(k.error->code == 0, name + group.record(r));
+        });
+    }
+}
+
 void fuzz(int gpus, double budget) {
     const auto start = Clock::now();
+    for (int i = 0; i < 8 && gpus == 2; i++) runs_ahead(i / 4 ? moe::kRows : moe::kLines, i / 2 % 2 ? kSplit : kFused, i % 2);
     Random random{2024};
     long batches = 0;
     int round = 0;

@@ -1,4 +1,5 @@
-// Parameters of the kernels outside a step: packing and filling weights, the gate of a test.
+// Parameters of the kernels outside a step: packing and filling weights, the test of lines when a group
+// opens, the gate of a test.
 #pragma once
 #include "step_params.cuh"
 
@@ -42,5 +43,27 @@ struct GateParams {
     uint64_t timeout_ns;
 };
 static_assert(sizeof(GateParams) == 16, "Java twin");
+
+// What a rank has seen of a peer's lines: kernels/line_test.cu.
+struct LineFinding {
+    uint64_t torn;     // lines that held an epoch and not its payload
+    uint64_t missing;  // lines whose last epoch did not come in time
+    uint64_t epochs;   // how often a line was seen to change
+    uint64_t pad0;
+};
+static_assert(sizeof(LineFinding) == 32, "Java twin");
+
+struct LineTestParams {
+    const RankView* ranks;    // [R]
+    LineFinding* findings;    // [R]
+    uint64_t off_tiles;       // the self-test's tiles in a region, one for each source, cleared
+    uint64_t hammer_ns;       // how long to write
+    uint64_t timeout_ns;      // bound of the whole
+    int32_t num_ranks;
+    int32_t rank;
+    int32_t halves;           // for tests: 1 stores a line in two transactions
+    int32_t pad0;
+};
+static_assert(sizeof(LineTestParams) == 56, "Java twin");
 
 }  // namespace moe

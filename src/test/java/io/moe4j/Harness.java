@@ -61,9 +61,14 @@ public final class Harness implements AutoCloseable {
     }
 
     public Harness(MoeConfig config, boolean accumulate, long stream) {
-        this.config = config;
+        this(Moe.open(config), accumulate, stream);
+    }
+
+    /** Takes over a layer that is not prepared yet. */
+    public Harness(MoeLayer layer, boolean accumulate, long stream) {
+        this.config = layer.config();
         this.stream = stream;
-        this.layer = Moe.open(config);
+        this.layer = layer;
         layer.prepare();
         tensors.addAll(allocate(accumulate));
         step = layer.bind(tensors);

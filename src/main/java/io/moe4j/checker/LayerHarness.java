@@ -22,7 +22,14 @@ import java.util.List;
  * step, so that reading or writing them shows. Owns the layer; one thread.
  */
 public final class LayerHarness implements AutoCloseable {
+    /**
+     * CU_STREAM_PER_THREAD. why: ranks of one process that share a GPU wait for each other, each on
+     * its thread, so they must not share stream 0.
+     */
+    private static final long STREAM_OF_THE_THREAD = 2;
+
     private final MoeLayer layer;
+    private final long stream;
     private final List<StepTensors> ranks = new ArrayList<>();
     private final BoundStep step;
     private int[] counts;
@@ -38,6 +45,7 @@ public final class LayerHarness implements AutoCloseable {
 
     private LayerHarness(MoeLayer layer) {
         this.layer = layer;
+        this.stream = layer.config().group() == null ? 0 : STREAM_OF_THE_THREAD;
         for (int rank = 0; rank < layer.config().localRanks(); rank++) {
             ranks.add(allocate(layer));
         }
@@ -134,8 +142,8 @@ public final class LayerHarness implements AutoCloseable {
 
     /** Runs one step on the loaded input and waits for it. */
     public void step() {
-        layer.enqueue(0, step);
-        layer.synchronize(0);
+        layer.enqueue(stream, step);
+        layer.synchronize(stream);
         layer.check();
     }
 

@@ -19,6 +19,7 @@ import java.util.List;
 import java.util.Map;
 import java.util.OptionalDouble;
 import java.util.TreeMap;
+import java.util.concurrent.ConcurrentHashMap;
 import picocli.CommandLine.Command;
 import picocli.CommandLine.Option;
 
@@ -36,6 +37,7 @@ import picocli.CommandLine.Option;
         })
 final class CheckCommand extends BaseCommand {
     private static final int ORACLE_TOKENS = 32;
+    private static final List<Integer> DEFAULT_RANKS = List.of(1, 4);
 
     @Option(
             names = "--checkpoint",
@@ -65,8 +67,10 @@ final class CheckCommand extends BaseCommand {
             names = "--ranks",
             paramLabel = "R",
             split = ",",
-            defaultValue = "1,4",
-            description = "Numbers of ranks to check, comma-separated (default: ${DEFAULT-VALUE}).")
+            description = {
+                "Numbers of ranks to check, comma-separated (default: 1,4). With --gpus one number:"
+                        + " ranks of the group (default: one on each GPU)."
+            })
     private List<Integer> ranks;
 
     @Option(
@@ -126,24 +130,25 @@ final class CheckCommand extends BaseCommand {
             names = "--gpus",
             paramLabel = "N",
             description = {
-                "Run on N GPUs, a rank on each, instead of --ranks; also compares every bit with"
-                        + " N virtual ranks on one GPU."
+                "Run on N GPUs, a rank on each, or --ranks R on GPU r modulo N, which share GPUs;"
+                        + " also compares every bit with as many virtual ranks on one GPU."
             })
     private Integer gpus;
 
     @Option(
             names = "--processes",
-            description = "With --gpus: a process for each rank instead of a thread.")
+            description = "With --gpus: a process for each GPU instead of a thread for each rank.")
     private boolean processes;
 
     @Option(
             names = "--rank",
             paramLabel = "R",
+            split = ",",
             description = {
-                "With --gpus: be rank R only, and meet the other processes in --group. Rank 0"
-                        + " prints."
+                "With --gpus: be rank R only, or several, comma-separated, and meet the other"
+                        + " processes in --group. Rank 0 prints."
             })
-    private Integer rank;
+    private List<Integer> rank;
 
     @Option(
             names = "--group",
@@ -158,13 +163,13 @@ final class CheckCommand extends BaseCommand {
     public Integer call() {
         requireUsable();
         if (gpus != null && processes && rank == null) {
-            return RankProcesses.run(gpus, commandLine());
+            return RankProcesses.run(gpus, groupRanks(), commandLine());
         }
         Moe.Choice choice = Moe.choose(backend.toString());
         try (Checkpoint checkpoint = Checkpoint.open(LayerSource.folder(folder))) {
             Map<Integer, List<ReferenceCase>> cases =
                     usesGolden() ? goldenCases(checkpoint) : oracleCases(checkpoint);
-            if (rank != null && rank != 0) {
+            if (rank != null && !rank.contains(0)) {
                 inGroup(checkpoint, cases); // why silent: rank 0 has all results
                 return ExitCodes.OK;
             }
@@ -202,9 +207,21 @@ final class CheckCommand extends BaseCommand {
             throw new IllegalArgumentException(
                     "--gpus excludes --debug-sync, --host-sync and --backend cpu");
         }
+        if (inGroup && ranks != null && ranks.size() != 1) {
+            throw new IllegalArgumentException("--gpus takes one number of --ranks, got " + ranks);
+        }
         if (tolerance != null && !(tolerance >= 0)) {
             throw new IllegalArgumentException("--tolerance=" + tolerance + " is not 0 or more");
         }
+    }
+
+    /** Numbers of virtual ranks. */
+    private List<Integer> ranks() {
+        return ranks == null ? DEFAULT_RANKS : ranks;
+    }
+
+    private int groupRanks() {
+        return ranks == null ? gpus : ranks.get(0);
     }
 
     private boolean usesGolden() {
@@ -261,10 +278,10 @@ final class CheckCommand extends BaseCommand {
         DebugRun run = new DebugRun(tolerance(), this::repeat);
         try (ConsoleProgress progress = new ConsoleProgress("debugging")) {
             int part = 0;
-            int parts = 2 * cases.size() * ranks.size();
+            int parts = 2 * cases.size() * ranks().size();
             for (Map.Entry<Integer, List<ReferenceCase>> entry : cases.entrySet()) {
                 MoeConfig config = onBackend(checkpoint, entry.getKey());
-                for (int count : ranks) {
+                for (int count : ranks()) {
                     if (hostSync) {
                         ProgressListener packing = progress.part(part, parts);
                         results.addAll(run.hostSync(config, entry.getValue(), count, packing));
@@ -291,12 +308,12 @@ final class CheckCommand extends BaseCommand {
     private CheckReport run(Checkpoint checkpoint, Map<Integer, List<ReferenceCase>> cases) {
         Checker checker = new Checker(tolerance());
         List<CaseResult> results = new ArrayList<>();
-        int parts = cases.size() * ranks.size();
+        int parts = cases.size() * ranks().size();
         int part = 0;
         try (ConsoleProgress progress = new ConsoleProgress("checking")) {
             for (Map.Entry<Integer, List<ReferenceCase>> entry : cases.entrySet()) {
                 MoeConfig config = onBackend(checkpoint, entry.getKey());
-                for (int count : ranks) {
+                for (int count : ranks()) {
                     ProgressListener packing = progress.part(part++, parts);
                     results.addAll(
                             checker.check(config, entry.getValue(), count, this::repeat, packing));
@@ -307,10 +324,7 @@ final class CheckCommand extends BaseCommand {
     }
 
     private CheckReport inGroup(Checkpoint checkpoint, Map<Integer, List<ReferenceCase>> cases) {
-        List<Group> groups =
-                rank == null
-                        ? Group.inProcess(gpus)
-                        : List.of(Group.join(groupFolder, rank, gpus, Group.DEFAULT_LIMIT));
+        List<Group> groups = rank == null ? Group.inProcess(groupRanks()) : join();
         List<CaseResult> results = Collections.synchronizedList(new ArrayList<>());
         Checker checker = new Checker(tolerance());
         try (ConsoleProgress progress = new ConsoleProgress("checking")) {
@@ -322,7 +336,11 @@ final class CheckCommand extends BaseCommand {
                             int part = 0;
                             for (Map.Entry<Integer, List<ReferenceCase>> entry : cases.entrySet()) {
                                 MoeConfig config =
-                                        checkpoint.layer(entry.getKey()).config().build();
+                                        checkpoint
+                                                .layer(entry.getKey())
+                                                .config()
+                                                .device(group.rank() % gpus)
+                                                .build();
                                 ProgressListener packing =
                                         group.rank() == 0
                                                 ? progress.part(part++, cases.size())
@@ -341,6 +359,18 @@ final class CheckCommand extends BaseCommand {
         return new CheckReport(folder.toString(), results);
     }
 
+    /** The ranks of this process, which wait for each other and for those of others. */
+    private List<Group> join() {
+        Map<Integer, Group> joined = new ConcurrentHashMap<>();
+        Group.together(
+                rank,
+                r -> {
+                    Group group = Group.join(groupFolder, r, groupRanks(), Group.DEFAULT_LIMIT);
+                    joined.put(r, group);
+                });
+        return List.copyOf(new TreeMap<>(joined).values());
+    }
+
     private String repeat(ReferenceCase reference, int count, String backendName) {
         StringBuilder command = new StringBuilder();
         command.append(LayerSource.shellQuote(toolName())).append(" check --checkpoint ");
@@ -351,7 +381,12 @@ final class CheckCommand extends BaseCommand {
             command.append(" --oracle --seed ").append(seed);
         }
         command.append(" --layer ").append(reference.layer());
-        command.append(gpus == null ? " --ranks " : " --gpus ").append(count);
+        if (gpus != null) {
+            command.append(" --gpus ").append(gpus);
+        }
+        if (gpus == null || gpus != count) {
+            command.append(" --ranks ").append(count);
+        }
         if (gpus != null && rank != null) {
             command.append(" --processes");
         }

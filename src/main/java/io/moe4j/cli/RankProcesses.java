@@ -15,14 +15,21 @@ import picocli.CommandLine;
 final class RankProcesses {
     private RankProcesses() {}
 
-    /** The worst exit code; what the processes print comes here, rank after rank. */
-    static int run(int ranks, CommandLine command) {
+    /**
+     * A process for each GPU, which is rank r of each GPU r modulo {@code gpus}: the worst exit
+     * code; what the processes print comes here, one after another.
+     */
+    static int run(int gpus, int ranks, CommandLine command) {
         try {
             Path folder = Files.createTempDirectory("moe4j-group");
             List<Process> children = new ArrayList<>();
             try {
-                for (int rank = 0; rank < ranks; rank++) {
-                    children.add(start(rank, folder.resolve("meet"), command));
+                for (int gpu = 0; gpu < Math.min(gpus, ranks); gpu++) {
+                    List<String> own = new ArrayList<>();
+                    for (int rank = gpu; rank < ranks; rank += gpus) {
+                        own.add(Integer.toString(rank));
+                    }
+                    children.add(start(String.join(",", own), folder.resolve("meet"), command));
                 }
                 return finish(children, command.getOut());
             } finally {
@@ -35,7 +42,7 @@ final class RankProcesses {
         }
     }
 
-    private static Process start(int rank, Path meeting, CommandLine command) throws IOException {
+    private static Process start(String own, Path meeting, CommandLine command) throws IOException {
         List<String> line = new ArrayList<>();
         line.add(Path.of(System.getProperty("java.home"), "bin", "java").toString());
         for (String option : ManagementFactory.getRuntimeMXBean().getInputArguments()) {
@@ -45,7 +52,7 @@ final class RankProcesses {
         }
         line.addAll(List.of("-cp", System.getProperty("java.class.path"), Main.class.getName()));
         line.addAll(command.getParent().getParseResult().originalArgs());
-        line.addAll(List.of("--rank", Integer.toString(rank), "--group", meeting.toString()));
+        line.addAll(List.of("--rank", own, "--group", meeting.toString()));
         return new ProcessBuilder(line).redirectErrorStream(true).start();
     }
 

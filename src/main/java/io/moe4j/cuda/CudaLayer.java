@@ -60,6 +60,7 @@ final class CudaLayer implements MoeLayer {
 
     private final MoeConfig config;
     private final String reason;
+    private volatile String groupNote = "";
     private final Context context;
     private final DeviceLayout layout;
     private final HandlePool pool;
@@ -110,7 +111,7 @@ final class CudaLayer implements MoeLayer {
 
     @Override
     public String backendReason() {
-        return reason;
+        return reason + groupNote;
     }
 
     @Override
@@ -142,6 +143,7 @@ final class CudaLayer implements MoeLayer {
             }
             handles = resources.handles();
             peers = resources.peers();
+            groupNote = resources.groupNote();
             generation = 0;
             prepared = true;
         } finally {
@@ -221,6 +223,7 @@ final class CudaLayer implements MoeLayer {
         }
         try {
             requirePrepared();
+            requireStreamOfItsOwn(stream);
             StepFlow.requireNext(cudaStep, first, last);
             try (Scope scope = context.enter()) {
                 resources.flow().launch(stream, cudaStep, first, last);
@@ -231,6 +234,14 @@ final class CudaLayer implements MoeLayer {
             }
         } finally {
             lock.unlock();
+        }
+    }
+
+    private void requireStreamOfItsOwn(long stream) {
+        if (stream == 0 && peers != null && peers.sharing() > 1) {
+            throw new IllegalArgumentException(
+                    "stream=0 is one stream for all ranks of the GPU, which wait for each other:"
+                            + " enqueue each on a stream of its own");
         }
     }
 

@@ -20,6 +20,8 @@ import io.moe4j.tensor.Tensor;
  * ranks share. Guarded by the layer, which frees it, also when only a part of it was made.
  */
 final class CudaResources {
+    private static final System.Logger LOG = System.getLogger("io.moe4j");
+
     private final CudaLayer layer;
     private final MoeConfig config;
     private final Context context;
@@ -43,7 +45,8 @@ final class CudaResources {
 
     /**
      * A layer of a group meets the others four times: what they have in common, where their memory
-     * is, once all have written to it, and once all have seen what was written.
+     * is, once all have written to it, and once all have seen what was written. Where rows are to
+     * travel in lines, once more, to hear whether lines arrive whole.
      *
      * <p>why the lock: two layers that a rank prepares at once would mix up their meetings.
      */
@@ -64,12 +67,39 @@ final class CudaResources {
                     },
                     peers::addresses);
             peers.meet("the self-test's writes", () -> peers.connect(handles, kernels), all -> {});
-            peers.meet("the self-test's result", () -> peers.verify(kernels), all -> {});
+            if (!kernels.lines()) {
+                peers.meet("the self-test's result", () -> peers.verify(kernels), all -> {});
+                return;
+            }
+            peers.meet("the self-test's result", () -> peers.verifyForLines(kernels), all -> {});
+            peers.meet("the test of lines", () -> peers.tryLines(handles[0]), peers::judgeLines);
+            if (!peers.brokenLines().isEmpty()) {
+                kernels.useRows();
+                LOG.log(
+                        System.Logger.Level.WARNING,
+                        "rank {0}: {1}; rows travel as rows with a flag behind them",
+                        config.firstLocalRank(),
+                        peers.brokenLines());
+            }
         }
     }
 
+    /** Of a rank of a group: how its rows travel, and with whom it shares its GPU; else empty. */
+    String groupNote() {
+        if (peers == null) {
+            return "";
+        }
+        String text = ", rows travel " + (kernels.lines() ? "in lines" : "as rows");
+        if (!peers.brokenLines().isEmpty()) {
+            text += ": " + peers.brokenLines();
+        }
+        return peers.sharing() == 1
+                ? text
+                : text + ", " + peers.sharing() + " ranks of the group share the GPU";
+    }
+
     private void allocate(ProgressListener progress) {
-        kernels = owned.add(catalog.load(context, config));
+        kernels = owned.add(catalog.load(context, config, peers == null ? 1 : peers.sharing()));
         flow = new StepFlow(context, kernels, config.localRanks());
         weights = owned.add(new DeviceBuffer(context, layout.weights().size())).address();
         handles = new CudaHandle[config.handles()];
@@ -83,7 +113,7 @@ final class CudaResources {
                                     peers == null ? null : peers::allocate));
         }
         ParamArena arena = owned.add(new ParamArena(context));
-        packer = new StepPacker(layer, context, layout, arena);
+        packer = new StepPacker(layer, context, layout, kernels, arena);
         try (CudaWeights upload = new CudaWeights(context, kernels, config, layout, weights)) {
             upload.run(progress);
         }

@@ -48,6 +48,7 @@ final class PeerMemory implements AutoCloseable {
     /** Meetings that what an earlier one left behind may spoil. */
     private static final int RECOVERY_ATTEMPTS = 8;
 
+    private static final System.Logger LOG = System.getLogger("io.moe4j");
     private static final byte OK = 0;
     private static final byte FAILED = 1;
 
@@ -65,6 +66,14 @@ final class PeerMemory implements AutoCloseable {
     private String name = "";
     private long seed;
     private boolean closed;
+
+    /** Ranks of the group on this rank's GPU, itself included. */
+    private int sharing = 1;
+
+    private LineTest lineTest;
+
+    /** Why rows do not travel in lines although they might; empty if they do. */
+    private String brokenLines = "";
 
     /** Address of each handle's region on each rank, as this GPU has it. */
     private long[][] addresses;
@@ -143,7 +152,9 @@ final class PeerMemory implements AutoCloseable {
         return (RuntimeException) failure;
     }
 
-    /** Finds out whether all ranks open the same layer, each on a GPU of its own. */
+    /**
+     * Finds out whether all ranks open the same layer, on GPUs that let them wait for each other.
+     */
     void agree(String kernels) {
         meet("configuration", () -> greeting(kernels), this::compare);
     }
@@ -153,10 +164,11 @@ final class PeerMemory implements AutoCloseable {
         String fields = fields(kernels);
         byte[] text = fields.getBytes(StandardCharsets.UTF_8);
         byte[] gpu = gpu().getBytes(StandardCharsets.UTF_8);
-        return ByteBuffer.allocate(24 + 32 + 4 + gpu.length + text.length)
+        return ByteBuffer.allocate(32 + 32 + 4 + gpu.length + text.length)
                 .putLong(PROCESS.getMostSignificantBits())
                 .putLong(PROCESS.getLeastSignificantBits())
                 .putLong(seed)
+                .putLong(context.handle())
                 .put(hash(text))
                 .putInt(gpu.length)
                 .put(gpu)
@@ -225,11 +237,13 @@ final class PeerMemory implements AutoCloseable {
         byte[][] texts = new byte[all.size()][];
         String[] gpus = new String[all.size()];
         long[] seeds = new long[all.size()];
+        long[] contexts = new long[all.size()];
         byte[] mine = null;
         for (int rank = 0; rank < all.size(); rank++) {
             ByteBuffer from = ByteBuffer.wrap(all.get(rank));
             processes[rank] = new UUID(from.getLong(), from.getLong());
             seeds[rank] = from.getLong();
+            contexts[rank] = from.getLong();
             byte[] hash = new byte[32];
             from.get(hash);
             byte[] gpu = new byte[from.getInt()];
@@ -247,20 +261,40 @@ final class PeerMemory implements AutoCloseable {
             }
             for (int other = 0; other < rank; other++) {
                 if (gpus[rank].equals(gpus[other])) {
-                    throw new IllegalArgumentException(
-                            "ranks "
-                                    + other
-                                    + " and "
-                                    + rank
-                                    + " are both on GPU "
-                                    + gpus[rank]
-                                    + ": ranks that share a GPU wait for each other, give each its"
-                                    + " own with device(...) or CUDA_VISIBLE_DEVICES");
+                    requireTogether(other, rank, gpus[rank], contexts);
                 }
             }
+            sharing += rank != group.rank() && gpus[rank].equals(gpus[group.rank()]) ? 1 : 0;
         }
         seed = seeds[0];
         name = String.format(" of layer %016x", seed);
+    }
+
+    /**
+     * Ranks that share a GPU wait for each other, so their kernels have to run side by side. Those
+     * of two processes, or of two contexts, take turns.
+     */
+    private void requireTogether(int first, int second, String gpu, long[] contexts) {
+        boolean processes = !this.processes[first].equals(this.processes[second]);
+        if (processes || contexts[first] != contexts[second]) {
+            throw new IllegalArgumentException(
+                    "ranks "
+                            + first
+                            + " and "
+                            + second
+                            + " are both on GPU "
+                            + gpu
+                            + " but in two "
+                            + (processes ? "processes" : "contexts")
+                            + ": ranks that share a GPU wait for each other, give each its own with"
+                            + " device(...) or CUDA_VISIBLE_DEVICES, or open both in one process and"
+                            + " context");
+        }
+    }
+
+    /** Ranks of the group on this rank's GPU, itself included; known once they agree. */
+    int sharing() {
+        return sharing;
     }
 
     private static Map<String, String> lines(byte[] text) {
@@ -432,7 +466,7 @@ final class PeerMemory implements AutoCloseable {
         Driver driver = context.driver();
         long peerContext = from.getLong();
         boolean near = processes[rank].equals(PROCESS);
-        if (near && rank != group.rank()) {
+        if (near && rank != group.rank() && peerContext != context.handle()) {
             driver.contextEnablePeerAccess(peerContext);
         }
         for (int handle = 0; handle < addresses.length; handle++) {
@@ -491,6 +525,65 @@ final class PeerMemory implements AutoCloseable {
         return new byte[0];
     }
 
+    /** As {@link #verify}; then everything is ready for {@link #tryLines}, on all ranks. */
+    byte[] verifyForLines(LoadedKernels kernels) {
+        verify(kernels);
+        try (Scope scope = context.enter()) {
+            // why: the test of lines reads them before anybody writes
+            context.driver()
+                    .memsetD8(
+                            regions.get(0).address() + layout.selfTestOffset(0),
+                            (byte) 0,
+                            (long) config.ranks() * DeviceLayout.SELF_TEST_BYTES);
+            context.driver().streamSynchronize(0L);
+        }
+        lineTest = new LineTest(context, config, kernels);
+        return new byte[0];
+    }
+
+    /** Lines to all peers and from all peers, at the same time; tells what came of them. */
+    byte[] tryLines(CudaHandle handle) {
+        List<LineTest.Finding> findings = lineTest.run(handle, layout);
+        closeLineTest();
+        LOG.log(System.Logger.Level.DEBUG, "rank {0}: lines {1}", group.rank(), findings);
+        ByteBuffer bytes = ByteBuffer.allocate(findings.size() * LineTest.Finding.BYTES);
+        findings.forEach(finding -> finding.put(bytes));
+        return bytes.array();
+    }
+
+    /** One rank that has not seen lines arrive whole speaks for all. */
+    void judgeLines(List<byte[]> all) {
+        for (int rank = 0; rank < all.size(); rank++) {
+            ByteBuffer from = ByteBuffer.wrap(all.get(rank));
+            while (from.hasRemaining() && brokenLines.isEmpty()) {
+                LineTest.Finding finding = LineTest.Finding.get(from);
+                if (!finding.good()) {
+                    brokenLines =
+                            String.format(
+                                    "lines of rank %d do not arrive whole at rank %d (torn %d times"
+                                            + " in %d changes, %d lines missing)",
+                                    finding.source(),
+                                    rank,
+                                    finding.torn(),
+                                    finding.epochs(),
+                                    finding.missing());
+                }
+            }
+        }
+    }
+
+    /** Why rows must not travel in lines, the same on all ranks; empty: they may. */
+    String brokenLines() {
+        return brokenLines;
+    }
+
+    private void closeLineTest() {
+        if (lineTest != null) {
+            lineTest.close();
+            lineTest = null;
+        }
+    }
+
     /** Writes tiles of numbers by a kernel, as steps write rows. */
     private final class Fill implements AutoCloseable {
         private final LoadedKernels kernels;
@@ -538,6 +631,11 @@ final class PeerMemory implements AutoCloseable {
         }
         closed = true;
         RuntimeException failure = new RuntimeException("closing the memory of a group");
+        try {
+            closeLineTest();
+        } catch (RuntimeException e) {
+            failure.addSuppressed(e);
+        }
         for (ImportedBuffer imported : mapped) {
             try {
                 imported.close();

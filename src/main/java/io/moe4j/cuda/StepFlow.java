@@ -78,10 +78,9 @@ final class StepFlow {
 
     /** Launches every kernel of the layer over one rank: each phase alone, then a whole step. */
     void launchAll(long stream, CudaStep alone) {
-        for (Phase phase : PHASES) {
-            launch(stream, alone, kernels.of(phase), 1);
+        for (Kernel kernel : kernels.everyKernelOfAStep()) {
+            kernel.launch(context.driver(), 1, stream, alone.params());
         }
-        launch(stream, alone, kernels.flow(Phase.ROUTE, Phase.COMBINE_RECV), 1);
     }
 
     private void launch(long stream, CudaStep step, Kernel[] flow, int ranks) {

@@ -8,6 +8,7 @@ import io.moe4j.cuda.driver.DeviceBuffer;
 import io.moe4j.cuda.driver.KernelParams;
 import io.moe4j.cuda.driver.ParamArena;
 import io.moe4j.cuda.driver.Scope;
+import io.moe4j.cuda.kernel.LoadedKernels;
 import io.moe4j.cuda.layout.CStruct;
 import io.moe4j.cuda.layout.DeviceLayout;
 import io.moe4j.cuda.layout.DeviceStructs;
@@ -27,13 +28,20 @@ final class StepPacker {
     private final MoeConfig config;
     private final Context context;
     private final DeviceLayout layout;
+    private final LoadedKernels kernels;
     private final ParamArena arena;
 
-    StepPacker(CudaLayer layer, Context context, DeviceLayout layout, ParamArena arena) {
+    StepPacker(
+            CudaLayer layer,
+            Context context,
+            DeviceLayout layout,
+            LoadedKernels kernels,
+            ParamArena arena) {
         this.layer = layer;
         this.config = layer.config();
         this.context = context;
         this.layout = layout;
+        this.kernels = kernels;
         this.arena = arena;
     }
 
@@ -177,7 +185,7 @@ final class StepPacker {
             to.put("off_" + buffer, layout.symmetric().offset(buffer));
         }
         boolean lines = layout.symmetric().has("dispatch_lines");
-        to.put("wire", lines ? 1 : 0);
+        to.put("wire", kernels.lines() ? 1 : 0);
         for (String buffer : List.of("dispatch_lines", "combine_lines")) {
             to.put("off_" + buffer, lines ? layout.symmetric().offset(buffer) : 0L);
         }

@@ -24,6 +24,18 @@ class CheckMultiGpuTest {
         check(name, "--gpus", "2", "--processes");
     }
 
+    @ParameterizedTest
+    @MethodSource("io.moe4j.GoldenFolders#names")
+    void shouldAgreeWithGoldenOutputAndVirtualRanksWhereTwoRanksShareEachGpu(String name) {
+        check(name, "--gpus", "2", "--ranks", "4");
+    }
+
+    @ParameterizedTest
+    @MethodSource("io.moe4j.GoldenFolders#names")
+    void shouldAgreeWithGoldenOutputAndVirtualRanksByProcessesOfTwoRanks(String name) {
+        check(name, "--gpus", "2", "--ranks", "4", "--processes");
+    }
+
     private static void check(String name, String... more) {
         assertThat(CheckRun.of(GoldenFolders.of(name), more))
                 .contains("OK: ")

@@ -5,8 +5,10 @@ import io.moe4j.Harness.Batch;
 import io.moe4j.MoeConfig;
 import io.moe4j.MoeGraph;
 import io.moe4j.cuda.driver.Context;
+import io.moe4j.cuda.driver.Driver;
 import io.moe4j.cuda.driver.Drivers;
 import io.moe4j.cuda.driver.Stream;
+import io.moe4j.cuda.kernel.KernelCatalog;
 import io.moe4j.ep.Group;
 import io.moe4j.model.MoeShape;
 import io.moe4j.model.RandomWeights;
@@ -27,19 +29,29 @@ final class GpuRank implements AutoCloseable {
     private final Context context;
     private final Stream stream;
 
-    private GpuRank(MoeConfig config) {
-        context = new Context(Drivers.open(), config.firstLocalRank());
+    private GpuRank(MoeConfig config, Driver driver) {
+        int device = config.device() < 0 ? config.firstLocalRank() : config.device();
+        context = new Context(driver, device);
         stream = new Stream(context);
-        harness = new Harness(config, false, stream.handle());
+        harness =
+                new Harness(
+                        CudaBackendProvider.open(
+                                driver, KernelCatalog.choose(driver, device), config, "test"),
+                        false,
+                        stream.handle());
     }
 
     static MoeConfig config() {
+        return config(2);
+    }
+
+    static MoeConfig config(int ranks) {
         return MoeConfig.builder()
                 .weights(RandomWeights.of(SHAPE, 9))
                 .backend("cuda")
                 .hiddenDType(DType.BF16)
                 .maxTokensPerRank(M)
-                .ranks(2)
+                .ranks(ranks)
                 .threads(2)
                 .stepTimeout(BUDGET)
                 .firstStepTimeout(BUDGET.multipliedBy(4))
@@ -48,15 +60,29 @@ final class GpuRank implements AutoCloseable {
 
     /** Collective: prepares the layer with the other ranks. */
     static GpuRank open(MoeConfig config, Group group) {
-        return new GpuRank(config.toBuilder().group(group).build());
+        return open(config, group, Drivers.open());
     }
 
-    /** All ranks of a new group in this process. */
+    /** As {@link #open(MoeConfig, Group)}, with a driver of the test's own. */
+    static GpuRank open(MoeConfig config, Group group, Driver driver) {
+        return new GpuRank(config.toBuilder().group(group).build(), driver);
+    }
+
+    /** All ranks of a new group in this process, on a GPU each. */
     static GpuRank[] openAll(MoeConfig config) {
+        return openAll(config, config.ranks());
+    }
+
+    /** All ranks of a new group in this process, on so many GPUs. */
+    static GpuRank[] openAll(MoeConfig config, int gpus) {
         GpuRank[] ranks = new GpuRank[config.ranks()];
         Group.together(
                 Group.inProcess(config.ranks()),
-                group -> ranks[group.rank()] = open(config, group));
+                group ->
+                        ranks[group.rank()] =
+                                open(
+                                        config.toBuilder().device(group.rank() % gpus).build(),
+                                        group));
         return ranks;
     }
 
@@ -67,14 +93,19 @@ final class GpuRank implements AutoCloseable {
     /** What virtual ranks on one GPU give; [rank][M][H]. */
     static float[][][] expected(Batch... batches) {
         try (GpuFixture gpu = new GpuFixture();
-                Harness virtual = new Harness(config(), false, gpu.stream())) {
+                Harness virtual = new Harness(config(batches.length), false, gpu.stream())) {
             return virtual.run(List.of(batches));
         }
     }
 
     /** The same batch without the experts of some ranks. */
     static Batch without(Set<Integer> lost, Batch batch) {
-        int local = config().expertsPerRank();
+        return without(lost, batch, 2);
+    }
+
+    /** The same batch without the experts of some of so many ranks. */
+    static Batch without(Set<Integer> lost, Batch batch, int ranks) {
+        int local = config(ranks).expertsPerRank();
         int[][] ids =
                 Arrays.stream(batch.ids())
                         .map(

@@ -16,6 +16,7 @@ import io.moe4j.StepTensors;
 import io.moe4j.cuda.driver.Call;
 import io.moe4j.cuda.driver.CheckedDriver;
 import io.moe4j.cuda.driver.CudaException;
+import io.moe4j.cuda.driver.DeviceAttribute;
 import io.moe4j.cuda.driver.Driver;
 import io.moe4j.cuda.driver.RecordingDriver;
 import io.moe4j.cuda.kernel.KernelCatalog;
@@ -82,12 +83,16 @@ class GroupRecordingTest {
     }
 
     private StepTensors tensors(int device) {
-        long context = recording.primaryContextRetain(device);
-        recording.primaryContextRelease(device);
+        return tensors(device, recording, 16);
+    }
+
+    private static StepTensors tensors(int device, RecordingDriver driver, int tokens) {
+        long context = driver.primaryContextRetain(device);
+        driver.primaryContextRelease(device);
         return StepTensors.hidden(
-                Tensor.device(recording.foreignMemory(1 << 16, context), DType.F32, 16, 64),
-                Tensor.device(recording.foreignMemory(1 << 16, context), DType.BF16, 16, 64),
-                Tensor.device(recording.foreignMemory(1 << 16, context), DType.I32, 1));
+                Tensor.device(driver.foreignMemory(1 << 16, context), DType.F32, tokens, 64),
+                Tensor.device(driver.foreignMemory(1 << 16, context), DType.BF16, tokens, 64),
+                Tensor.device(driver.foreignMemory(1 << 16, context), DType.I32, 1));
     }
 
     private static long bytes(MemoryPlan plan, String name) {
@@ -245,14 +250,76 @@ class GroupRecordingTest {
     }
 
     @Test
-    void shouldRefuseTwoRanksOnOneGpu() {
+    void shouldLetRanksOfOneProcessShareAGpuAndLeaveRoomForThoseThatAreWaitedFor() {
+        for (String wire : List.of("rows", "lines")) {
+            System.setProperty("moe4j.cuda.wire", wire);
+            try {
+                RecordingDriver two = new RecordingDriver(2, 141L << 30);
+                List<CudaLayer> layers = new ArrayList<>();
+                for (Group group : Group.inProcess(4, Duration.ofSeconds(20))) {
+                    // why 128 tokens: grids would be larger than what a rank may take
+                    MoeConfig.Builder config = config().maxTokensPerRank(128);
+                    layers.add(open(two, config.group(group).build()));
+                }
+                Group.together(layers, CudaLayer::prepare);
+                assertThat(two.calls(Call.CTX_ENABLE_PEER_ACCESS))
+                        .as("four ranks, two peers on the other GPU")
+                        .hasSize(8);
+                assertThat(layers)
+                        .allMatch(
+                                layer ->
+                                        layer.backendReason()
+                                                .endsWith("2 ranks of the group share the GPU"));
+                BoundStep step = layers.get(0).bind(List.of(tensors(0, two, 128)));
+                assertThatThrownBy(() -> layers.get(0).enqueue(0, step))
+                        .isInstanceOf(IllegalArgumentException.class)
+                        .hasMessageContaining("stream=0 is one stream for all ranks of the GPU");
+                layers.get(0).enqueue(two.foreignStream(), step);
+                int sms = two.deviceAttribute(0, DeviceAttribute.MULTIPROCESSOR_COUNT);
+                assertThat(two.launches())
+                        .filteredOn(
+                                launch ->
+                                        launch.kernel()
+                                                .matches(
+                                                        ".*_(recv|lines)|moe_(dispatch|combine)_.*_lines"))
+                        .isNotEmpty()
+                        .allMatch(launch -> launch.gridX() <= sms / (2 * 2 * 2));
+                layers.forEach(CudaLayer::close);
+                assertThat(two.leaks()).isEmpty();
+            } finally {
+                System.clearProperty("moe4j.cuda.wire");
+            }
+        }
+    }
+
+    @Test
+    void shouldRefuseRanksOfTwoProcessesOrContextsOnOneGpu() {
+        UnaryOperator<byte[]> otherProcess =
+                mine -> {
+                    byte[] theirs = mine.clone();
+                    theirs[1] ^= 1;
+                    return theirs;
+                };
+        CudaLayer here =
+                open(
+                        recording,
+                        config().group(new Mirror(otherProcess, new ArrayList<>())).build());
+        assertThatThrownBy(here::prepare)
+                .isInstanceOf(IllegalArgumentException.class)
+                .hasMessageContaining(
+                        "ranks 0 and 1 are both on GPU 0000:01:00.0 but in two processes");
+        here.close();
+
         List<CudaLayer> layers = new ArrayList<>();
         for (Group group : Group.inProcess(2)) {
-            layers.add(open(recording, config().device(1).group(group).build()));
+            long context = recording.foreignContext(1);
+            layers.add(open(recording, config().cudaContext(context).group(group).build()));
         }
         assertThatThrownBy(() -> Group.together(layers, CudaLayer::prepare))
                 .isInstanceOf(IllegalArgumentException.class)
-                .hasMessageContaining("ranks 0 and 1 are both on GPU 0000:02:00.0");
+                .hasMessageContaining(
+                        "ranks 0 and 1 are both on GPU 0000:02:00.0 but in two contexts");
+        layers.forEach(CudaLayer::close);
         MoeConfig missing = config().device(3).build();
         assertThatThrownBy(() -> open(recording, missing))
                 .hasMessageContaining("device=3 but there are 3 GPUs");
@@ -352,6 +419,63 @@ class GroupRecordingTest {
         assertThat(messages.get(0)).contains("rank 1 failed while the layer was prepared");
         layers.forEach(CudaLayer::close);
         assertThat(recording.leaks()).isEmpty();
+    }
+
+    /** What the test of lines finds, instead of what the recording driver says. */
+    private Driver finding(int source, long torn, long missing) {
+        int size = DeviceStructs.LINE_FINDING.size();
+        return forwarding(
+                recording,
+                (method, arguments) -> {
+                    if (method.equals("memcpyDtoH")
+                            && ((ByteBuffer) arguments[0]).capacity() == 3 * size) {
+                        ByteBuffer to = (ByteBuffer) arguments[0];
+                        to.putLong(source * size + DeviceStructs.LINE_FINDING.offset("torn"), torn);
+                        to.putLong(
+                                source * size + DeviceStructs.LINE_FINDING.offset("missing"),
+                                missing);
+                    }
+                });
+    }
+
+    @Test
+    void shouldUseRowsOnAllRanksWhereOneDoesNotSeeLinesArriveWhole() {
+        for (int[] found : new int[][] {{0, 0}, {7, 0}, {0, 3}}) {
+            List<CudaLayer> layers = new ArrayList<>();
+            for (Group group : Group.inProcess(3, Duration.ofSeconds(20))) {
+                Driver driver = group.rank() == 2 ? finding(1, found[0], found[1]) : recording;
+                layers.add(open(driver, config().group(group).build()));
+            }
+            Group.together(layers, CudaLayer::prepare);
+            Set<String> warm = new HashSet<>();
+            recording.launches().forEach(launch -> warm.add(launch.kernel()));
+            assertThat(warm).contains("moe_line_test", "moe_dispatch_lines", "moe_dispatch_recv");
+            boolean whole = found[0] + found[1] == 0;
+            for (CudaLayer layer : layers) {
+                assertThat(layer.backendReason())
+                        .endsWith(
+                                whole
+                                        ? ", rows travel in lines"
+                                        : String.format(
+                                                ", rows travel as rows: lines of rank 1 do not arrive"
+                                                        + " whole at rank 2 (torn %d times in 0"
+                                                        + " changes, %d lines missing)",
+                                                found[0], found[1]));
+                recording.clearCalls();
+                BoundStep step = layer.bind(List.of(tensors(layer.config().group().rank())));
+                layer.enqueue(recording.foreignStream(), step);
+                assertThat(recording.launches())
+                        .extracting(RecordingDriver.Launch::kernel)
+                        .contains(whole ? "moe_dispatch_lines" : "moe_dispatch_recv")
+                        .doesNotContain(whole ? "moe_dispatch_recv" : "moe_dispatch_lines")
+                        .isSubsetOf(warm);
+                ByteBuffer params = recording.launches().get(1).paramBytes();
+                assertThat(params.getInt(DeviceStructs.STEP_PARAMS.offset("wire")))
+                        .isEqualTo(whole ? 1 : 0);
+            }
+            layers.forEach(CudaLayer::close);
+            assertThat(recording.leaks()).isEmpty();
+        }
     }
 
     private interface After {

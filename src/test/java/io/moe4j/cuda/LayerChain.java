@@ -24,7 +24,7 @@ import java.util.List;
 import java.util.SplittableRandom;
 
 /**
- * Layers of two ranks one after the other, on one GPU: all ranks, virtual, or one of a group. A
+ * Layers of some ranks one after the other, on one GPU: all ranks, virtual, or one of a group. A
  * batch has a handle of its own in every layer; what a rank reads in it lies in one block of
  * integers, so that one copy brings another T, other rows and another routing of every layer.
  */
@@ -52,6 +52,12 @@ final class LayerChain implements AutoCloseable {
     final List<List<Tensor>> outs = new ArrayList<>();
 
     LayerChain(Group group, int layerCount, int batches) {
+        this(group, RANKS, layerCount, batches);
+    }
+
+    /** Of so many ranks, all of them virtual or one of a group on two GPUs. */
+    LayerChain(Group group, int ranks, int layerCount, int batches) {
+        int device = group == null ? 0 : group.rank() % 2;
         MoeConfig.Builder builder =
                 MoeConfig.builder()
                         .backend("cuda")
@@ -60,13 +66,14 @@ final class LayerChain implements AutoCloseable {
                         .hiddenDType(DType.BF16)
                         .outDType(DType.BF16)
                         .maxTokensPerRank(M)
-                        .ranks(RANKS)
+                        .ranks(ranks)
+                        .device(device)
                         .handles(batches)
                         .threads(2);
         if (group != null) {
             builder.group(group);
         }
-        context = own(new Context(Drivers.open(), group == null ? 0 : group.rank()));
+        context = own(new Context(Drivers.open(), device));
         stream = own(new Stream(context));
         for (int l = 0; l < layerCount; l++) {
             builder.weights(RandomWeights.of(SHAPE, 100 + l));
@@ -74,7 +81,7 @@ final class LayerChain implements AutoCloseable {
             layers.get(l).prepare();
         }
         for (int batch = 0; batch < batches; batch++) {
-            bind(batch, group == null ? RANKS : 1);
+            bind(batch, group == null ? ranks : 1);
         }
     }
 

@@ -128,6 +128,47 @@ class OpenMultiGpuTest {
         }
     }
 
+    @Test
+    void shouldUseRowsOnAllRanksWhereOneDoesNotSeeLinesArriveWhole() {
+        Batch[] batches = batches();
+        float[][][] expected = GpuRank.expected(batches);
+        for (int tears = -1; tears < 2; tears++) {
+            int writer = tears;
+            GpuRank[] ranks = new GpuRank[2];
+            Group.together(
+                    Group.inProcess(2),
+                    group ->
+                            ranks[group.rank()] =
+                                    GpuRank.open(
+                                            GpuRank.config(),
+                                            group,
+                                            group.rank() == writer
+                                                    ? TearingDriver.over(Drivers.open())
+                                                    : Drivers.open()));
+            for (int r = 0; r < 2; r++) {
+                String reason = ranks[r].layer().backendReason();
+                System.out.println("LINES writer " + writer + ", rank " + r + ": " + reason);
+                assertThat(reason)
+                        .contains(
+                                writer < 0
+                                        ? "rows travel in lines"
+                                        : String.format(
+                                                "rows travel as rows: lines of rank %d do not arrive"
+                                                        + " whole at rank %d",
+                                                writer, 1 - writer));
+                ranks[r].load(batches[r]);
+            }
+            for (int step = 0; step < 3; step++) {
+                ranks[0].enqueue();
+                ranks[1].enqueue();
+            }
+            compare(ranks, expected);
+            for (GpuRank rank : ranks) {
+                rank.close();
+            }
+        }
+    }
+
     private static long freeBytes(int device) {
         try (Context context = new Context(Drivers.open(), device);
                 Context keep = new Context(Drivers.open(), device);

@@ -211,6 +211,18 @@ public final class KernelCatalog {
      * @return the image
      */
     public LoadedKernels load(Context context, MoeConfig config) {
-        return new LoadedKernels(context, this, config);
+        return load(context, config, 1);
+    }
+
+    /**
+     * Loads the image for one of several ranks of a group on the same GPU.
+     *
+     * @param context everything is made and used in it
+     * @param config the layer the kernels are for
+     * @param sharing ranks of the group on this GPU, at least 1
+     * @return the image
+     */
+    public LoadedKernels load(Context context, MoeConfig config, int sharing) {
+        return new LoadedKernels(context, this, config, sharing);
     }
 }

@@ -35,10 +35,19 @@ public final class LoadedKernels implements AutoCloseable {
 
     private final KernelModule module;
     private final Map<String, Kernel> bySymbol = new LinkedHashMap<>();
-    private final Map<Phase, Kernel[]> byPhase = new EnumMap<>(Phase.class);
+    private final Flow rows;
 
-    /** [first][last], in the order of Phase. */
-    private final Kernel[][][] bySpan;
+    /** Null where rows do not travel in lines. */
+    private final Flow lines;
+
+    private Flow flow;
+
+    /**
+     * The kernels of one form of the wire.
+     *
+     * @param bySpan [first][last], in the order of Phase
+     */
+    private record Flow(Map<Phase, Kernel[]> byPhase, Kernel[][][] bySpan) {}
 
     /**
      * Measured up to here: a kernel for each phase is at most 12 % faster, with M tokens of H 2048.
@@ -48,7 +57,7 @@ public final class LoadedKernels implements AutoCloseable {
     private final Kernel gateUp;
     private final Kernel down;
 
-    LoadedKernels(Context context, KernelCatalog catalog, MoeConfig config) {
+    LoadedKernels(Context context, KernelCatalog catalog, MoeConfig config, int sharing) {
         module = new KernelModule(context, catalog.file(), catalog.imageBytes());
         try {
             int sms = context.attribute(DeviceAttribute.MULTIPROCESSOR_COUNT);
@@ -67,7 +76,7 @@ public final class LoadedKernels implements AutoCloseable {
                                 function,
                                 def.threads(),
                                 def.dynamicSharedBytes(),
-                                grid(def, config, sms),
+                                grid(def, config, sms, sharing),
                                 def.pdl() && pdl));
             }
             String gemm = gemm(config);
@@ -87,14 +96,21 @@ public final class LoadedKernels implements AutoCloseable {
                                 + " ranks share a GPU of "
                                 + sms);
             }
-            for (Phase phase : Phase.values()) {
-                byPhase.put(phase, flow(phase, config, gemm, lines));
-            }
-            bySpan = spans(config, lines);
+            rows = flow(config, gemm, false);
+            this.lines = lines ? flow(config, gemm, true) : null;
+            flow = lines ? this.lines : rows;
         } catch (RuntimeException | Error e) {
             module.close();
             throw e;
         }
+    }
+
+    private Flow flow(MoeConfig config, String gemm, boolean lines) {
+        Map<Phase, Kernel[]> byPhase = new EnumMap<>(Phase.class);
+        for (Phase phase : Phase.values()) {
+            byPhase.put(phase, flow(phase, config, gemm, lines));
+        }
+        return new Flow(byPhase, spans(config, byPhase, lines));
     }
 
     /** The kernels of a phase in launch order: the chain. */
@@ -137,7 +153,7 @@ public final class LoadedKernels implements AutoCloseable {
     }
 
     /** The kernels of every span of phases; one where a span has all that it does. */
-    private Kernel[][][] spans(MoeConfig config, boolean lines) {
+    private Kernel[][][] spans(MoeConfig config, Map<Phase, Kernel[]> byPhase, boolean lines) {
         Phase[] phases = Phase.values();
         boolean local =
                 config.ranks() == 1
@@ -207,8 +223,16 @@ public final class LoadedKernels implements AutoCloseable {
         return wanted.equals("prefill") || prefill ? PREFILL : FUSED;
     }
 
-    /** The rules of kernels.def. */
-    static int grid(KernelCatalog.KernelDef def, MoeConfig config, int sms) {
+    /**
+     * The rules of kernels.def.
+     *
+     * @param sharing ranks of the group on this GPU
+     */
+    static int grid(KernelCatalog.KernelDef def, MoeConfig config, int sms, int sharing) {
+        // why: ranks wait for each other, so what waits must not take the GPU from what is waited
+        // for
+        long waiting = sharing > 1 ? sms / (2L * sharing * config.handles()) : Long.MAX_VALUE;
+        long together = Math.min(waiting, sms / config.localRanks());
         long m = config.maxTokensPerRank();
         long chunks = (DeviceLayout.pad(config.shape().hidden()) + 2047) / 2048;
         long pieces = (DeviceLayout.pad(config.shape().hidden()) + 239) / 240;
@@ -216,15 +240,16 @@ public final class LoadedKernels implements AutoCloseable {
                 switch (def.grid()) {
                     case "logits" -> clamp((m * config.shape().experts() + 7) / 8, 4L * sms);
                     case "tokens" -> clamp((m + 3) / 4, 8L * sms);
-                    case "rows" -> clamp(m * chunks, 2L * sms);
+                    case "rows" -> clamp(m * chunks, Math.min(waiting, 2L * sms));
                     case "slots" -> clamp(config.ranks() * m * chunks, 2L * sms);
-                    case "experts" -> clamp(config.expertsPerRank(), 4L * sms);
+                    case "experts" -> clamp(config.expertsPerRank(), Math.min(waiting, 4L * sms));
                     case "gemm" -> 2L * sms;
                     case "sm" -> sms;
                     case "pairs" -> Math.max(2, sms / 2 * 2);
-                    case "moves" -> clamp(1 + (m * pieces + 63) / 64, sms / config.localRanks());
-                    case "sums" -> clamp((m * pieces + 3) / 4, sms / config.localRanks());
+                    case "moves" -> clamp(1 + (m * pieces + 63) / 64, together);
+                    case "sums" -> clamp((m * pieces + 3) / 4, together);
                     case "pack" -> 8L * sms;
+                    case "peers" -> 2L * config.ranks();
                     case "one" -> 1;
                     default ->
                             throw new IllegalStateException(
@@ -249,7 +274,7 @@ public final class LoadedKernels implements AutoCloseable {
      * @param last the last phase, not before {@code first}
      */
     public Kernel[] flow(Phase first, Phase last) {
-        return bySpan[first.ordinal()][last.ordinal()];
+        return flow.bySpan()[first.ordinal()][last.ordinal()];
     }
 
     /**
@@ -258,7 +283,33 @@ public final class LoadedKernels implements AutoCloseable {
      * @param phase which phase
      */
     public Kernel[] of(Phase phase) {
-        return byPhase.get(phase);
+        return flow.byPhase().get(phase);
+    }
+
+    /** {@return whether rows travel in lines that carry the epoch} */
+    public boolean lines() {
+        return flow == lines;
+    }
+
+    /**
+     * Rows travel as rows with a flag behind them from now on, also where the layer was made for
+     * lines: all its buffers serve both. For the time before the first step.
+     */
+    public void useRows() {
+        flow = rows;
+    }
+
+    /** {@return every kernel that a step may launch, in both forms of the wire: what warms up} */
+    public List<Kernel> everyKernelOfAStep() {
+        List<Kernel> all = new ArrayList<>();
+        for (Flow form : lines == null ? List.of(rows) : List.of(rows, lines)) {
+            for (Phase phase : Phase.values()) {
+                all.addAll(List.of(form.byPhase().get(phase)));
+            }
+            Phase[] phases = Phase.values();
+            all.addAll(List.of(form.bySpan()[0][phases.length - 1]));
+        }
+        return all;
     }
 
     /** {@return the kernel of gate, up and activation alone, for measuring} */

@@ -177,6 +177,24 @@ public final class DeviceStructs {
     public static final CStruct GATE_PARAMS =
             CStruct.of("GateParams", "ptr word", "u64 timeout_ns");
 
+    /** What a rank has seen of a peer's lines when a group opens. */
+    public static final CStruct LINE_FINDING =
+            CStruct.of("LineFinding", "u64 torn", "u64 missing", "u64 epochs", "u64 pad0");
+
+    /** The test of lines when a group opens. */
+    public static final CStruct LINE_TEST_PARAMS =
+            CStruct.of(
+                    "LineTestParams",
+                    "ptr ranks",
+                    "ptr findings",
+                    "u64 off_tiles",
+                    "u64 hammer_ns",
+                    "u64 timeout_ns",
+                    "i32 num_ranks",
+                    "i32 rank",
+                    "i32 halves",
+                    "i32 pad0");
+
     /** All structs, for the test that compares them with the compiler's. */
     public static final List<CStruct> ALL =
             List.of(
@@ -188,6 +206,8 @@ public final class DeviceStructs {
                     STEP_PARAMS,
                     PACK_PARAMS,
                     FILL_PARAMS,
+                    LINE_FINDING,
+                    LINE_TEST_PARAMS,
                     GATE_PARAMS);
 
     private DeviceStructs() {}
