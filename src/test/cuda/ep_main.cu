@@ -3,7 +3,8 @@
 // that the host can compute every result bit for bit.
 //
 //   ep_main fuzz SECONDS      changing T and routing, random delays, steps back to back: results, lists,
-//                             counters and figures equal the host's, for both wires, fused and split
+//                             counters and figures equal the host's, for both wires, fused and split;
+//                             before that, a rank that could run a step ahead of one that it needs nothing of
 //   ep_main faults            a rank that never comes, a skipped epoch, a wrong flag, an abort that ends a
 //                             wait at once, recovery by generation, a rank left out
 //   ep_main time              medians of a pair in a graph of 16, maximum over GPUs

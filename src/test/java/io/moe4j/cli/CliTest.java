@@ -128,6 +128,15 @@ class CliTest {
                         new String[] {"check", "--checkpoint", golden("mixtral"), "--ranks", "65"},
                         new String[] {"check", "--checkpoint", golden("mixtral"), "--tokens", "0"},
                         new String[] {
+                            "check",
+                            "--checkpoint",
+                            golden("mixtral"),
+                            "--gpus",
+                            "2",
+                            "--ranks",
+                            "2,4"
+                        },
+                        new String[] {
                             "check", "--checkpoint", golden("mixtral"), "--backend", "tpu"
                         },
                         new String[] {"plan"},

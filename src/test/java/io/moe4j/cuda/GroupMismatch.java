@@ -8,9 +8,30 @@ import io.moe4j.ep.Group;
 import io.moe4j.model.MoeShape;
 import io.moe4j.model.RandomWeights;
 
-/** Two ranks that open layers of different sizes; needs neither a GPU nor kernels. */
+/** Two ranks that cannot open a layer together; needs neither a GPU nor kernels. */
 public final class GroupMismatch {
     private GroupMismatch() {}
+
+    /** Two ranks on one GPU, in two contexts of an engine; fails with what rank 0 hears. */
+    public static void prepareOnOneGpu(MoeShape shape) {
+        RecordingDriver driver = new RecordingDriver(1, 1L << 30);
+        Group.together(
+                Group.inProcess(2),
+                group -> {
+                    MoeConfig config =
+                            MoeConfig.builder()
+                                    .weights(RandomWeights.of(shape, 1))
+                                    .maxTokensPerRank(16)
+                                    .group(group)
+                                    .build();
+                    long engine = driver.foreignContext(0);
+                    try (Context context = Context.ofEngine(driver, engine);
+                            PeerMemory peers =
+                                    new PeerMemory(context, config, new DeviceLayout(config))) {
+                        peers.agree("the same kernels");
+                    }
+                });
+    }
 
     /** Fails with what rank 0 hears. */
     public static void prepare(MoeShape shape) {

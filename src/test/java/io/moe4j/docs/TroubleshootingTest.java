@@ -157,6 +157,7 @@ class TroubleshootingTest {
         return List.of(
                 () -> two.get(0).exchange("configuration", new byte[0]),
                 () -> GroupMismatch.prepare(SHAPE),
+                () -> GroupMismatch.prepareOnOneGpu(SHAPE),
                 () -> config().group(two.get(0)).ranks(3).build(),
                 () -> Moe.open(config().group(two.get(0)).build()),
                 () -> {

@@ -76,6 +76,10 @@ final class CudaErrors {
                 "no context is current on this thread, or it was destroyed: call inside"
                         + " Driver.enter");
         add(
+                208,
+                "CUDA_ERROR_ALREADY_MAPPED",
+                "two threads mapped the same memory of another process at the same time");
+        add(
                 209,
                 "CUDA_ERROR_NO_BINARY_FOR_GPU",
                 "the kernels were not built for this architecture: rebuild them for the device's"

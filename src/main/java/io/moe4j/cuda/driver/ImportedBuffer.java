@@ -4,6 +4,12 @@ import java.util.concurrent.atomic.AtomicBoolean;
 
 /** Device memory of another process, mapped here; unmapped on close. The other process owns it. */
 public final class ImportedBuffer implements AutoCloseable {
+    /**
+     * why: two ranks of a process that map the same memory at the same time may be refused
+     * (ALREADY_MAPPED); one after the other both get the same address, which the driver counts.
+     */
+    private static final Object MAPPING = new Object();
+
     private final Context context;
     private final long address;
     private final AtomicBoolean closed = new AtomicBoolean();
@@ -17,7 +23,9 @@ public final class ImportedBuffer implements AutoCloseable {
     public ImportedBuffer(Context context, byte[] handle) {
         this.context = context;
         try (Scope scope = context.enter()) {
-            this.address = context.driver().ipcOpenMemHandle(handle);
+            synchronized (MAPPING) {
+                this.address = context.driver().ipcOpenMemHandle(handle);
+            }
         }
     }
 
@@ -33,7 +41,9 @@ public final class ImportedBuffer implements AutoCloseable {
     @Override
     public void close() {
         if (closed.compareAndSet(false, true)) {
-            context.release(() -> context.driver().ipcCloseMemHandle(address));
+            synchronized (MAPPING) {
+                context.release(() -> context.driver().ipcCloseMemHandle(address));
+            }
         }
     }
 }
