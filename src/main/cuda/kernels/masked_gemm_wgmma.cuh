@@ -241,15 +241,14 @@ __device__ __forceinline__ void stream_weights(WgmmaShared<Shape>& shared, const
 }
 
 // An expert's rows of activated are complete when both halves of all its gate_up tiles have been counted.
+// why blocks from the item: the list of experts is another warp's, ordered before this one by nothing but
+// the barrier that one of its lanes arrives at
 template <class Shape>
 __device__ __forceinline__ void wait_for_gate_up(const WgmmaShared<Shape>& shared, const StepParams& p,
-                                                 const LocalRank& me, int expert) {
-    const scheduler::ExpertList<Shape>& experts = shared.experts;
-    const int blocks = experts.narrow[expert + 1] - experts.narrow[expert] + experts.wide[expert + 1] -
-                       experts.wide[expert];
+                                                 const LocalRank& me, const scheduler::Item& item) {
     const uint32_t halves =
-        static_cast<uint32_t>(2 * blocks * shared.operands[scheduler::kGateUpItems].row_tiles);
-    await_rows(shared.expert_done + expert, halves, p, me);
+        static_cast<uint32_t>(2 * item.blocks * shared.operands[scheduler::kGateUpItems].row_tiles);
+    await_rows(shared.expert_done + item.work.expert, halves, p, me);
 }
 
 // Warpgroup 2, warps 1 to 3. A thread copies 16-byte chunk c of rows r, r + 12, .. of each k block.
@@ -287,7 +286,7 @@ __device__ __forceinline__ void gather_tokens(WgmmaShared<Shape>& shared, const 
             sources[row] = static_cast<uint32_t>(from * (g.k_blocks * 8));
         }
         if (kPhases == kBothPhases && item.phase == scheduler::kDownItems && thread == 0) {
-            wait_for_gate_up(shared, p, me, item.work.expert);
+            wait_for_gate_up(shared, p, me, item);
         }
         if (waits) {
             waits = false;
@@ -611,7 +610,7 @@ __device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& gate_up, c
                 }
             }
             shared.experts.build(any.counts, any.experts, live);
-            stream_weights(shared, rings, scheduler::Items<Shape>(shared.experts, any.experts, dealing),
+            stream_weights(shared, rings, scheduler::Items<Shape>(shared.experts, any.experts, dealing, live),
                            shared.work + claimed, number, kClaimsFirst ? 0 : gridDim.x, live);
         }
         if (thread >= 32) {

@@ -22,6 +22,7 @@ struct Item {
     bool once;    // no other item multiplies its weights
     bool halved;  // 64 of the tile's outputs, with half of its columns for each warpgroup
     int half;     // which, else 0
+    int blocks;   // token blocks of its expert
 };
 
 // Division by a number that is known before the counts are, so that it costs a product after them.
@@ -126,14 +127,16 @@ struct ExpertList {
     }
 };
 
-// The items by number; one warp, converged.
+// The items by number; one warp, converged, that built the list. Not live: does what it would, but reads
+// no list, which another warp is writing.
 template <class Shape>
 class Items {
    public:
-    __device__ __forceinline__ Items(const ExpertList<Shape>& list, int experts, const Dealing& dealing)
-        : list_(list), experts_(experts), dealing_(dealing) {
-        narrow_ = list.narrow[experts];
-        wide_ = list.wide[experts];
+    __device__ __forceinline__ Items(const ExpertList<Shape>& list, int experts, const Dealing& dealing, bool live)
+        : list_(list), experts_(experts), dealing_(dealing), live_(live) {
+        // why not zero: there must be an item to look for
+        narrow_ = live ? list.narrow[experts] : kMaxExperts;
+        wide_ = read(list.wide, experts);
         const int units = narrow_ + wide_;
         const int grid = dealing.grid.divisor;
         const Divisor first_tiles = dealing.tiles[0].divisor > 0 ? dealing.tiles[0] : dealing.tiles[1];
@@ -189,20 +192,24 @@ class Items {
         const int lane = threadIdx.x % 32;
         const int group = (experts_ + 31) / 32;
         const int first_of_group = lane * group;
-        const bool group_before = first_of_group < experts_ && before[min(first_of_group, experts_)] <= unit;
+        const bool group_before = first_of_group < experts_ && read(before, min(first_of_group, experts_)) <= unit;
         const int begin = (31 - __clz(__ballot_sync(0xffffffffu, group_before))) * group;
         const bool expert_before =
-            lane < group && begin + lane < experts_ && before[min(begin + lane, experts_)] <= unit;
+            lane < group && begin + lane < experts_ && read(before, min(begin + lane, experts_)) <= unit;
         const int low = begin + 31 - __clz(__ballot_sync(0xffffffffu, expert_before));
-        const int within = place - before[low] * tiles.divisor;
-        const int rows = list_.rows[low + 1] - list_.rows[low];
+        const int before_low = read(before, low);
+        const int within = place - before_low * tiles.divisor;
+        const int first_row = read(list_.rows, low);
+        const int rows = read(list_.rows, low + 1) - first_row;
         item.work.expert = low;
         item.work.row_tile = within;
-        item.work.first_row = list_.rows[low];
+        item.work.first_row = first_row;
         item.work.rows = rows;
         item.once = true;
+        item.blocks = 1;
         if (is_wide) {
-            const int blocks = before[low + 1] - before[low];
+            const int blocks = read(before, low + 1) - before_low;
+            item.blocks = blocks;
             const int block_rows = ((rows + blocks - 1) / blocks + 7) / 8 * 8;
             item.work.row_tile = within / blocks;
             const int first = (within - item.work.row_tile * blocks) * block_rows;
@@ -218,9 +225,12 @@ class Items {
         return min(wide_ * row_tiles, static_cast<int>((static_cast<uint64_t>(number) * wide_step_) >> 31));
     }
 
+    __device__ __forceinline__ int read(const int32_t* values, int at) const { return live_ ? values[at] : 0; }
+
     const ExpertList<Shape>& list_;
     int experts_;
     const Dealing& dealing_;
+    bool live_;
     int whole_[2];  // items of each phase that are whole tiles
     int items_[2];
     int narrow_;  // token blocks
