@@ -163,7 +163,6 @@ class CudaLayerRecordingTest {
     @CsvSource({
         "mma, moe_gate_up_mma moe_down_mma",
         "wgmma, moe_experts_wgmma",
-        "wide, moe_experts_wgmma_wide",
         "split, moe_gate_up_wgmma moe_down_wgmma"
     })
     void shouldRunTheKernelsThatThePropertyAsksFor(String gemm, String kernels) {

@@ -240,11 +240,9 @@ class IndependenceGpuTest {
             runners.add(new Runner("", size[0], size[1]));
         }
         if (runners.stream().anyMatch(r -> r.label.contains("wgmma"))) {
-            for (String gemm : List.of("wide", "split")) {
-                runners.add(new Runner(gemm, 64, 0));
-                runners.add(new Runner(gemm, 1024, 0));
-                runners.add(new Runner(gemm, 512, 256));
-            }
+            runners.add(new Runner("split", 64, 0));
+            runners.add(new Runner("split", 1024, 0));
+            runners.add(new Runner("split", 512, 256));
         }
     }
 
