@@ -29,7 +29,7 @@ class CasesGpuTest {
     private static final long SEED = 7;
 
     /** Expected rows of an expert for which layers choose each of the kernels there are. */
-    private static final int[] EXPECTED_ROWS = {1, 16, 64};
+    private static final int[] EXPECTED_ROWS = {1, 16, 96};
 
     private static final int DECODE_TOKENS_IN_FLOAT64 = 64;
     private static final int PREFILL_TOKENS_IN_FLOAT64 = 16;

@@ -16,6 +16,7 @@ import io.moe4j.cuda.driver.CudaException;
 import io.moe4j.cuda.driver.Driver;
 import io.moe4j.cuda.driver.RecordingDriver;
 import io.moe4j.cuda.kernel.KernelCatalog;
+import io.moe4j.cuda.kernel.LoadedKernels;
 import io.moe4j.model.MoeShape;
 import io.moe4j.model.RandomWeights;
 import io.moe4j.model.RoutingRule;
@@ -143,7 +144,7 @@ class CudaLayerRecordingTest {
     }
 
     @ParameterizedTest
-    @CsvSource({"1, 64, wgmma", "31, 8192, wgmma", "32, 64, wgmma_prefill"})
+    @CsvSource({"1, 64, wgmma", "79, 8192, wgmma", "80, 64, wgmma_prefill"})
     void shouldChooseKernelsByTheRowsThatAreExpected(int rows, int intermediate, String shape) {
         MoeShape sizes = MoeShape.of(64, intermediate, 8, 2);
         MoeConfig config =
@@ -157,6 +158,25 @@ class CudaLayerRecordingTest {
             layer.prepare();
             assertThat(layer.expertSymbols()).containsExactly("moe_experts_" + shape);
         }
+    }
+
+    @ParameterizedTest
+    @CsvSource({
+        // 16 experts of qwen3-30b-a3b, of qwen3-235b-a22b
+        "2048, 768, 16, 79, false",
+        "2048, 768, 16, 80, true",
+        "4096, 1536, 16, 31, false",
+        "4096, 1536, 16, 32, true"
+    })
+    void shouldPairBlocksFromFewerRowsOnWhereExpertsHaveMoreBytes(
+            int hidden, int intermediate, int experts, int rows, boolean pairs) {
+        MoeConfig config =
+                MoeConfig.builder()
+                        .weights(RandomWeights.of(MoeShape.of(hidden, intermediate, experts, 8), 3))
+                        .maxTokensPerRank(4)
+                        .expectedRowsPerExpert(rows)
+                        .build();
+        assertThat(LoadedKernels.isForPrefill(config)).isEqualTo(pairs);
     }
 
     @ParameterizedTest

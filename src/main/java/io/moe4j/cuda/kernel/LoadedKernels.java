@@ -32,6 +32,14 @@ public final class LoadedKernels implements AutoCloseable {
      */
     private static final int PREFILL_ROWS = 32;
 
+    /**
+     * The same where a rank's experts have fewer bytes: their chain is so short that the start and
+     * the boundary between the products, which cost pairs more, outweigh it.
+     */
+    private static final int PREFILL_ROWS_OF_FEW_BYTES = 80;
+
+    private static final long FEW_BYTES = 400_000_000;
+
     private final KernelModule module;
     private final Map<String, Kernel> bySymbol = new LinkedHashMap<>();
     private final Map<Phase, Kernel[]> byPhase = new EnumMap<>(Phase.class);
@@ -194,11 +202,24 @@ public final class LoadedKernels implements AutoCloseable {
         if (wanted.equals("mma") || !hopper) {
             return MMA;
         }
-        boolean prefill = DeviceLayout.averageRows(config) >= PREFILL_ROWS;
+        boolean prefill = isForPrefill(config);
         if (wanted.equals("split")) {
             return prefill ? SPLIT_PREFILL : SPLIT;
         }
         return wanted.equals("prefill") || prefill ? PREFILL : FUSED;
+    }
+
+    /**
+     * {@return whether a layer's experts run in pairs of blocks that share weights: by the rows
+     * that an expert is expected to get and the bytes of a rank's experts}
+     *
+     * @param config the layer's
+     */
+    public static boolean isForPrefill(MoeConfig config) {
+        long weights = 3L * config.shape().hidden() * config.shape().intermediate();
+        long bytes = 2 * weights * config.expertsPerRank();
+        return DeviceLayout.averageRows(config)
+                >= (bytes < FEW_BYTES ? PREFILL_ROWS_OF_FEW_BYTES : PREFILL_ROWS);
     }
 
     /** The rules of kernels.def. */
