@@ -37,14 +37,12 @@ struct Variant {
 };
 
 const int kNarrowShared = moe::kWgmmaSharedBytes<moe::NarrowShape>;
-const int kWideShared = moe::kWgmmaSharedBytes<moe::WideShape>;
 const Variant kVariants[] = {
     {"mma", moe_gate_up_mma, moe_down_mma, nullptr, 256, moe::kGemmSharedBytes, 2, false},
     {"split", moe_gate_up_wgmma, moe_down_wgmma, nullptr, moe::kWgmmaThreads, kNarrowShared, 1, false},
     {"split+pdl", moe_gate_up_wgmma, moe_down_wgmma, nullptr, moe::kWgmmaThreads, kNarrowShared, 1, true},
     {"fused", moe_gate_up_wgmma, moe_down_wgmma, moe_experts_wgmma, moe::kWgmmaThreads, kNarrowShared, 1, false},
     {"fused+pdl", moe_gate_up_wgmma, moe_down_wgmma, moe_experts_wgmma, moe::kWgmmaThreads, kNarrowShared, 1, true},
-    {"wide+pdl", moe_gate_up_wgmma, moe_down_wgmma, moe_experts_wgmma_wide, moe::kWgmmaThreads, kWideShared, 1, true},
     {"pre-split", moe_gate_up_wgmma_prefill, moe_down_wgmma_prefill, nullptr, moe::prefill::kThreads,
      moe::prefill::kSharedBytes, 1, false},
     {"prefill+pdl", moe_gate_up_wgmma_prefill, moe_down_wgmma_prefill, moe_experts_wgmma_prefill,

@@ -432,25 +432,23 @@ class Layer {
         p.locals = dl;
     }
 
-    // Both products in one kernel of either shape or in two, by the layer's sizes, with programmatic
+    // Both products in one kernel or in two, few rows or many, by the layer's sizes, with programmatic
     // dependence.
     template <class Grid>
     void launch_wgmma(const Grid& grid) {
         using Kernel = void (*)(StepParams);
         const int narrow = moe::kWgmmaSharedBytes<moe::NarrowShape>;
-        const int wide = moe::kWgmmaSharedBytes<moe::WideShape>;
         struct Flow {
             std::vector<Kernel> kernels;
             int shared, ctas;
             unsigned least = 1;
         };
         const Flow flows[] = {{{moe_experts_wgmma}, narrow, sms},
-                              {{moe_experts_wgmma_wide}, wide, sms},
                               {{moe_gate_up_wgmma, moe_down_wgmma}, narrow, sms},
                               {{moe_experts_wgmma_prefill}, moe::prefill::kSharedBytes, sms / 2 * 2, 2},
                               {{moe_gate_up_wgmma_prefill, moe_down_wgmma_prefill},
                                moe::prefill::kSharedBytes, sms / 2 * 2, 2}};
-        const Flow& flow = flows[(c.H / 8 + c.E + c.M + c.R) % 5];
+        const Flow& flow = flows[(c.H / 8 + c.E + c.M + c.R) % 4];
         for (Kernel kernel : flow.kernels) {
             CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, flow.shared));
             cudaLaunchConfig_t config{};

@@ -13,13 +13,6 @@ void moe_experts_wgmma(const __grid_constant__ moe::StepParams p) {
 }
 
 extern "C" __global__ __launch_bounds__(moe::kWgmmaThreads, 1)
-void moe_experts_wgmma_wide(const __grid_constant__ moe::StepParams p) {
-    const moe::LocalRank& me = p.locals[blockIdx.y];
-    moe::masked_gemm_wgmma<moe::WideShape, moe::kBothPhases>(
-        moe::gate_up_operands(p, me), moe::down_operands(p, me), p, me, moe::kClaimedExperts);
-}
-
-extern "C" __global__ __launch_bounds__(moe::kWgmmaThreads, 1)
 void moe_gate_up_wgmma(const __grid_constant__ moe::StepParams p) {
     const moe::LocalRank& me = p.locals[blockIdx.y];
     moe::masked_gemm_wgmma<moe::NarrowShape, moe::kGateUpPhase>(

@@ -141,7 +141,7 @@ struct LocalRank {
     const float* bias_down;           // or null
 
     uint32_t* work;               // [8] WorkWord counters of the wgmma kernels, zero between kernels
-    uint32_t* expert_done;        // [L] finished halves of gate_up tiles, zero between kernels
+    uint32_t* expert_done;        // [L] finished quarters of gate_up tiles, zero between kernels
 
     uint64_t* members;            // [1] device; bit r: rank r takes part. The host writes it between steps
     PeerStats* stats;             // [R] pinned
@@ -156,7 +156,7 @@ enum WorkWord {
     kClaimedDown = 2,
     kClaimedSharedGateUp = 3,
     kClaimedSharedDown = 4,
-    kFinished = 5,  // CTAs that wait for no more gate_up items
+    kFinished = 5,  // warps or CTAs that wait for no more gate_up items
 };
 
 // The one kernel parameter, __grid_constant__. blockIdx.y is the index into locals.

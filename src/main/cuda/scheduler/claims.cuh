@@ -6,8 +6,10 @@
 // Order: phase by phase; in a phase, experts with many rows (wide, their tokens take the time) are
 // spread over the first part among those with few (narrow, their weights take the time), so that
 // tensor cores and memory are busy together; otherwise expert by expert, row tile by row tile, token
-// blocks innermost, so that a weight tile is fetched from memory once. Of the tiles that full rounds of the
-// grid leave over, as many are halved as there would be idle CTAs.
+// blocks innermost, so that a weight tile is fetched from memory once. The tiles that full rounds of the
+// grid leave over are cut: into quarters where these are at most one for each CTA, into halves where those
+// are, into halves for all CTAs and quarters where these are at most another one for each; else as many are
+// halved as there would be idle CTAs.
 #pragma once
 #include "../layout/weight_tiles.cuh"
 #include "masked.cuh"
@@ -19,9 +21,10 @@ enum ItemPhase { kGateUpItems = 0, kDownItems = 1, kNoItem = 2 };
 struct Item {
     Work work;  // first_row: packed row
     int phase;
-    bool once;    // no other item multiplies its weights
-    bool halved;  // 64 of the tile's outputs, with half of its columns for each warpgroup
-    int half;     // which, else 0
+    bool once;   // no other item multiplies its weights
+    int parts;   // 1: the whole tile; 2 or 4: so many items have a part of its outputs each
+    int part;    // which, else 0
+    int blocks;  // token blocks of its expert
 };
 
 // Division by a number that is known before the counts are, so that it costs a product after them.
@@ -40,20 +43,27 @@ struct Divisor {
 
 // What a kernel's items are dealt by.
 struct Dealing {
-    Divisor tiles[2];     // row tiles of each phase, 0: the kernel has no such phase
-    Divisor grid;         // CTAs
-    bool halves_gate_up;  // whether tiles of that phase may be halved
+    Divisor tiles[2];  // row tiles of each phase, 0: the kernel has no such phase
+    Divisor grid;      // CTAs
+    int gate_up_parts;  // at most so many of a tile of that phase: 1, 2 or 4
 
-    __device__ __forceinline__ Dealing(int gate_up_tiles, int down_tiles, int grid, bool halves_gate_up)
-        : tiles{Divisor(gate_up_tiles), Divisor(down_tiles)}, grid(grid), halves_gate_up(halves_gate_up) {}
+    __device__ __forceinline__ Dealing(int gate_up_tiles, int down_tiles, int grid, int gate_up_parts)
+        : tiles{Divisor(gate_up_tiles), Divisor(down_tiles)}, grid(grid), gate_up_parts(gate_up_parts) {}
+};
+
+// Token blocks of a rank's experts.
+struct Units {
+    int narrow;
+    int wide;
+    bool few;  // no expert has more rows than Shape::kFewRows
 };
 
 // What the items are made of, in shared memory: sums over the experts before each.
 template <class Shape>
 struct ExpertList {
-    int32_t rows[kMaxExperts + 1];
-    int32_t narrow[kMaxExperts + 1];  // token blocks of narrow experts, one each
-    int32_t wide[kMaxExperts + 1];    // token blocks of wide experts
+    alignas(16) int32_t rows[kMaxExperts + 4];
+    int32_t narrow[kMaxExperts + 4];  // token blocks of narrow experts, one each
+    int32_t wide[kMaxExperts + 4];    // token blocks of wide experts
 
     __device__ static bool is_wide(int count) { return count > Shape::kNarrowRows; }
 
@@ -61,79 +71,99 @@ struct ExpertList {
         return (count + Shape::Columns::kMost - 1) / Shape::Columns::kMost;
     }
 
-    // One warp, converged. Not live: does what it would, but reads no counts and writes nothing.
-    __device__ __forceinline__ void build(const int32_t* counts, int experts, bool live) {
+    // One warp, converged; counts aligned to 16 bytes. Not live: does what it would, but reads no counts and
+    // writes nothing.
+    __device__ __forceinline__ Units build(const int32_t* counts, int experts, bool live) {
         const int lane = threadIdx.x % 32;
-        const int each = (experts + 31) / 32;
-        const int begin = min(lane * each, experts);
-        const int end = min(begin + each, experts);
-        constexpr int kBatch = 8;  // loads on their way together
-        int sum[3] = {0, 0, 0};
+        // Narrow and wide blocks are summed in one word: at most 1,024 narrow ones in its low 11 bits
+        int rows_before = 0;
+        uint32_t blocks_before = 0;
+        bool few = true;
+        int4 next = load(counts, 4 * lane, experts, live);
 #pragma unroll 1
-        for (int expert = begin; expert < end; expert += kBatch) {
-            int count[kBatch];
+        for (int first = 0; first < experts; first += 128) {
+            const int4 four = next;
+            const int expert = first + 4 * lane;
+            next = load(counts, expert + 128, experts, live);
+            const int count[4] = {four.x, four.y, four.z, four.w};
+            uint32_t blocks[4];
 #pragma unroll
-            for (int i = 0; i < kBatch; i++) {
-                // why past L1: a grid that started early may have read what stood there before
-                count[i] = live && expert + i < end ? __ldcg(counts + expert + i) : 0;
+            for (int i = 0; i < 4; i++) {
+                blocks[i] = is_wide(count[i]) ? static_cast<uint32_t>(blocks_of(count[i])) << 11 : count[i] > 0;
+                few = few && count[i] <= Shape::kFewRows;
             }
-#pragma unroll
-            for (int i = 0; i < kBatch; i++) {
-                if (live && expert + i < end) {
-                    rows[expert + i] = count[i];
-                }
-                sum[0] += count[i];
-                sum[1] += count[i] > 0 && !is_wide(count[i]) ? 1 : 0;
-                sum[2] += is_wide(count[i]) ? blocks_of(count[i]) : 0;
-            }
-        }
-        int before[3];
-#pragma unroll
-        for (int i = 0; i < 3; i++) {
-            int scan = sum[i];
+            const int own_rows = count[0] + count[1] + count[2] + count[3];
+            const uint32_t own_blocks = blocks[0] + blocks[1] + blocks[2] + blocks[3];
+            int rows_scan = own_rows;
+            uint32_t blocks_scan = own_blocks;
 #pragma unroll
             for (int offset = 1; offset < 32; offset *= 2) {
-                const int other = __shfl_up_sync(0xffffffffu, scan, offset);
-                scan += lane >= offset ? other : 0;
+                const int other_rows = __shfl_up_sync(0xffffffffu, rows_scan, offset);
+                const uint32_t other_blocks = __shfl_up_sync(0xffffffffu, blocks_scan, offset);
+                rows_scan += lane >= offset ? other_rows : 0;
+                blocks_scan += lane >= offset ? other_blocks : 0;
             }
-            before[i] = scan - sum[i];
-        }
-        if (live && begin < end && end == experts) {
-            rows[experts] = before[0] + sum[0];
-            narrow[experts] = before[1] + sum[1];
-            wide[experts] = before[2] + sum[2];
-        }
-#pragma unroll 1
-        for (int expert = begin; expert < end; expert += kBatch) {
-            int count[kBatch];
+            int before[3][4];
+            int row = rows_before + rows_scan - own_rows;
+            uint32_t block = blocks_before + blocks_scan - own_blocks;
 #pragma unroll
-            for (int i = 0; i < kBatch; i++) {
-                count[i] = live && expert + i < end ? rows[expert + i] : 0;
+            for (int i = 0; i < 4; i++) {
+                before[0][i] = row;
+                before[1][i] = block & 0x7ff;
+                before[2][i] = block >> 11;
+                row += count[i];
+                block += blocks[i];
             }
-#pragma unroll
-            for (int i = 0; i < kBatch; i++) {
-                if (live && expert + i < end) {
-                    rows[expert + i] = before[0];
-                    narrow[expert + i] = before[1];
-                    wide[expert + i] = before[2];
-                }
-                before[0] += count[i];
-                before[1] += count[i] > 0 && !is_wide(count[i]) ? 1 : 0;
-                before[2] += is_wide(count[i]) ? blocks_of(count[i]) : 0;
+            if (live && expert < experts) {
+                store(rows + expert, before[0]);
+                store(narrow + expert, before[1]);
+                store(wide + expert, before[2]);
             }
+            rows_before += __shfl_sync(0xffffffffu, rows_scan, 31);
+            blocks_before += __shfl_sync(0xffffffffu, blocks_scan, 31);
+        }
+        const Units units = {static_cast<int>(blocks_before & 0x7ff), static_cast<int>(blocks_before >> 11),
+                             __all_sync(0xffffffffu, few) != 0};
+        __syncwarp();
+        if (live && lane == 0) {
+            rows[experts] = rows_before;
+            narrow[experts] = units.narrow;
+            wide[experts] = units.wide;
         }
         __syncwarp();
+        return units;
+    }
+
+   private:
+    __device__ __forceinline__ static void store(int32_t* to, const int (&four)[4]) {
+        *reinterpret_cast<int4*>(to) = make_int4(four[0], four[1], four[2], four[3]);
+    }
+
+    // why past L1: a grid that started early may have read what stood there before
+    __device__ __forceinline__ static int4 load(const int32_t* counts, int expert, int experts, bool live) {
+        if (expert + 4 <= experts) {
+            return live ? __ldcg(reinterpret_cast<const int4*>(counts + expert)) : make_int4(0, 0, 0, 0);
+        }
+        int count[3];
+#pragma unroll
+        for (int i = 0; i < 3; i++) {
+            count[i] = live && expert + i < experts ? __ldcg(counts + expert + i) : 0;
+        }
+        return make_int4(count[0], count[1], count[2], 0);
     }
 };
 
-// The items by number; one warp, converged.
+// The items by number; one warp, converged, that built the list. Not live: does what it would, but reads
+// no list, which another warp is writing.
 template <class Shape>
 class Items {
    public:
-    __device__ __forceinline__ Items(const ExpertList<Shape>& list, int experts, const Dealing& dealing)
-        : list_(list), experts_(experts), dealing_(dealing) {
-        narrow_ = list.narrow[experts];
-        wide_ = list.wide[experts];
+    __device__ __forceinline__ Items(const ExpertList<Shape>& list, const Units& total, int experts,
+                                     const Dealing& dealing, bool live)
+        : list_(list), experts_(experts), dealing_(dealing), live_(live) {
+        // why not none: there must be an item to look for
+        narrow_ = live ? total.narrow : kMaxExperts;
+        wide_ = total.wide;
         const int units = narrow_ + wide_;
         const int grid = dealing.grid.divisor;
         const Divisor first_tiles = dealing.tiles[0].divisor > 0 ? dealing.tiles[0] : dealing.tiles[1];
@@ -150,10 +180,21 @@ class Items {
             const int tiles = units * dealing.tiles[phase].divisor;
             const int left = tiles - dealing.grid.quotient(tiles) * grid;
             // why none beside wide experts: case 5 of the benchmark was slower with them
-            const bool may_halve = phase == kGateUpItems && dealing.halves_gate_up && wide_ == 0;
-            const int halved = may_halve ? min(left, grid - left) : 0;
-            whole_[phase] = tiles - halved;
-            items_[phase] = tiles + halved;
+            const int parts = phase == kGateUpItems && wide_ == 0 ? dealing.gate_up_parts : 1;
+            int halved = parts > 1 ? min(left, grid - left) : 0;
+            int quartered = 0;
+            if (parts > 2 && total.few) {
+                if (4 * left <= grid) {
+                    halved = 0;
+                    quartered = left;
+                } else if (2 * left > grid && 4 * (left - grid / 2) <= grid) {
+                    halved = grid / 2;
+                    quartered = left - halved;
+                }
+            }
+            whole_[phase] = tiles - halved - quartered;
+            halves_[phase] = 2 * halved;
+            items_[phase] = tiles + halved + 3 * quartered;
         }
     }
 
@@ -172,10 +213,15 @@ class Items {
             item.phase = kNoItem;
             return item;
         }
-        const int past_whole = rest - (second ? whole_[1] : whole_[0]);
-        item.halved = past_whole >= 0;
-        item.half = item.halved ? past_whole % 2 : 0;
-        rest -= item.halved ? (past_whole + 1) / 2 : 0;
+        const int whole = second ? whole_[1] : whole_[0];
+        const int halves = second ? halves_[1] : halves_[0];
+        item.parts = rest < whole ? 1 : rest < whole + halves ? 2 : 4;
+        item.part = 0;
+        if (item.parts > 1) {
+            const int before = item.parts == 2 ? whole : whole + halves;
+            item.part = (rest - before) & (item.parts - 1);
+            rest = (item.parts == 2 ? whole : whole + halves / 2) + ((rest - before) >> (item.parts / 2));
+        }
         const Divisor tiles = second ? dealing_.tiles[1] : dealing_.tiles[0];
         // Wide items before this one, in the spread
         const int spread = spread_ * tiles.divisor;
@@ -189,20 +235,24 @@ class Items {
         const int lane = threadIdx.x % 32;
         const int group = (experts_ + 31) / 32;
         const int first_of_group = lane * group;
-        const bool group_before = first_of_group < experts_ && before[min(first_of_group, experts_)] <= unit;
+        const bool group_before = first_of_group < experts_ && read(before, min(first_of_group, experts_)) <= unit;
         const int begin = (31 - __clz(__ballot_sync(0xffffffffu, group_before))) * group;
         const bool expert_before =
-            lane < group && begin + lane < experts_ && before[min(begin + lane, experts_)] <= unit;
+            lane < group && begin + lane < experts_ && read(before, min(begin + lane, experts_)) <= unit;
         const int low = begin + 31 - __clz(__ballot_sync(0xffffffffu, expert_before));
-        const int within = place - before[low] * tiles.divisor;
-        const int rows = list_.rows[low + 1] - list_.rows[low];
+        const int before_low = read(before, low);
+        const int within = place - before_low * tiles.divisor;
+        const int first_row = read(list_.rows, low);
+        const int rows = read(list_.rows, low + 1) - first_row;
         item.work.expert = low;
         item.work.row_tile = within;
-        item.work.first_row = list_.rows[low];
+        item.work.first_row = first_row;
         item.work.rows = rows;
         item.once = true;
+        item.blocks = 1;
         if (is_wide) {
-            const int blocks = before[low + 1] - before[low];
+            const int blocks = read(before, low + 1) - before_low;
+            item.blocks = blocks;
             const int block_rows = ((rows + blocks - 1) / blocks + 7) / 8 * 8;
             item.work.row_tile = within / blocks;
             const int first = (within - item.work.row_tile * blocks) * block_rows;
@@ -218,10 +268,14 @@ class Items {
         return min(wide_ * row_tiles, static_cast<int>((static_cast<uint64_t>(number) * wide_step_) >> 31));
     }
 
+    __device__ __forceinline__ int read(const int32_t* values, int at) const { return live_ ? values[at] : 0; }
+
     const ExpertList<Shape>& list_;
     int experts_;
     const Dealing& dealing_;
-    int whole_[2];  // items of each phase that are whole tiles
+    bool live_;
+    int whole_[2];   // items of each phase that are whole tiles
+    int halves_[2];  // and halves; the others are quarters
     int items_[2];
     int narrow_;  // token blocks
     int wide_;

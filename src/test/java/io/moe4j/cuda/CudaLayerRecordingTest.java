@@ -16,6 +16,7 @@ import io.moe4j.cuda.driver.CudaException;
 import io.moe4j.cuda.driver.Driver;
 import io.moe4j.cuda.driver.RecordingDriver;
 import io.moe4j.cuda.kernel.KernelCatalog;
+import io.moe4j.cuda.kernel.LoadedKernels;
 import io.moe4j.model.MoeShape;
 import io.moe4j.model.RandomWeights;
 import io.moe4j.model.RoutingRule;
@@ -143,7 +144,7 @@ class CudaLayerRecordingTest {
     }
 
     @ParameterizedTest
-    @CsvSource({"1, 64, wgmma", "31, 8192, wgmma", "32, 64, wgmma_prefill"})
+    @CsvSource({"1, 64, wgmma", "79, 8192, wgmma", "80, 64, wgmma_prefill"})
     void shouldChooseKernelsByTheRowsThatAreExpected(int rows, int intermediate, String shape) {
         MoeShape sizes = MoeShape.of(64, intermediate, 8, 2);
         MoeConfig config =
@@ -161,9 +162,27 @@ class CudaLayerRecordingTest {
 
     @ParameterizedTest
     @CsvSource({
+        // 16 experts of qwen3-30b-a3b, of qwen3-235b-a22b
+        "2048, 768, 16, 79, false",
+        "2048, 768, 16, 80, true",
+        "4096, 1536, 16, 31, false",
+        "4096, 1536, 16, 32, true"
+    })
+    void shouldPairBlocksFromFewerRowsOnWhereExpertsHaveMoreBytes(
+            int hidden, int intermediate, int experts, int rows, boolean pairs) {
+        MoeConfig config =
+                MoeConfig.builder()
+                        .weights(RandomWeights.of(MoeShape.of(hidden, intermediate, experts, 8), 3))
+                        .maxTokensPerRank(4)
+                        .expectedRowsPerExpert(rows)
+                        .build();
+        assertThat(LoadedKernels.isForPrefill(config)).isEqualTo(pairs);
+    }
+
+    @ParameterizedTest
+    @CsvSource({
         "mma, moe_gate_up_mma moe_down_mma",
         "wgmma, moe_experts_wgmma",
-        "wide, moe_experts_wgmma_wide",
         "split, moe_gate_up_wgmma moe_down_wgmma"
     })
     void shouldRunTheKernelsThatThePropertyAsksFor(String gemm, String kernels) {

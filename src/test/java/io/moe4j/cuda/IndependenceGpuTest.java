@@ -235,16 +235,14 @@ class IndependenceGpuTest {
         }
         // M and expected rows of an expert: decode, prefill, and each with the kernels of the other
         runners.add(new Runner("mma", 1024, 0));
-        int[][] sizes = {{8, 0}, {64, 8}, {512, 1}, {256, 64}, {64, 64}, {512, 256}, {4096, 0}};
+        int[][] sizes = {{8, 0}, {64, 8}, {512, 1}, {256, 96}, {64, 96}, {512, 256}, {4096, 0}};
         for (int[] size : sizes) {
             runners.add(new Runner("", size[0], size[1]));
         }
         if (runners.stream().anyMatch(r -> r.label.contains("wgmma"))) {
-            for (String gemm : List.of("wide", "split")) {
-                runners.add(new Runner(gemm, 64, 0));
-                runners.add(new Runner(gemm, 1024, 0));
-                runners.add(new Runner(gemm, 512, 256));
-            }
+            runners.add(new Runner("split", 64, 0));
+            runners.add(new Runner("split", 1024, 0));
+            runners.add(new Runner("split", 512, 256));
         }
     }
 

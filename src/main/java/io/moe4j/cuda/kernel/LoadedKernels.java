@@ -22,7 +22,6 @@ public final class LoadedKernels implements AutoCloseable {
     // What the matrix kernels of a layer are called after
     private static final String MMA = "mma";
     private static final String FUSED = "wgmma";
-    private static final String FUSED_WIDE = "wgmma_wide";
     private static final String SPLIT = "wgmma_split";
     private static final String PREFILL = "wgmma_prefill";
     private static final String SPLIT_PREFILL = "wgmma_prefill_split";
@@ -32,6 +31,14 @@ public final class LoadedKernels implements AutoCloseable {
      * routing is uneven mostly faster.
      */
     private static final int PREFILL_ROWS = 32;
+
+    /**
+     * The same where a rank's experts have fewer bytes: their chain is so short that the start and
+     * the boundary between the products, which cost pairs more, outweigh it.
+     */
+    private static final int PREFILL_ROWS_OF_FEW_BYTES = 80;
+
+    private static final long FEW_BYTES = 400_000_000;
 
     private final KernelModule module;
     private final Map<String, Kernel> bySymbol = new LinkedHashMap<>();
@@ -138,7 +145,7 @@ public final class LoadedKernels implements AutoCloseable {
                     symbols.add("moe_shared_gate_up_" + alone);
                     symbols.add("moe_shared_down_" + alone);
                 }
-                if (List.of(FUSED, FUSED_WIDE, PREFILL).contains(gemm)) {
+                if (List.of(FUSED, PREFILL).contains(gemm)) {
                     symbols.add("moe_experts_" + gemm);
                 } else {
                     symbols.add(gateUp.symbol());
@@ -192,16 +199,14 @@ public final class LoadedKernels implements AutoCloseable {
      * Which matrix kernels run, all of which give the same bits: those of wgmma where the image has
      * them, both products in one kernel, one of two by the rows that are expected, never by counts.
      * The system property {@code moe4j.cuda.gemm} may ask for {@code mma}, for {@code wgmma}, for
-     * its {@code wide} shape, which no layer chooses by itself, for {@code prefill}, or for {@code
-     * split}, a kernel for each product: of prefill where the layer would run that.
+     * {@code prefill}, or for {@code split}, a kernel for each product: of prefill where the layer
+     * would run that.
      */
     private String gemm(MoeConfig config) {
         String wanted = System.getProperty("moe4j.cuda.gemm", "");
-        if (!List.of("", "mma", "wgmma", "wide", "prefill", "split").contains(wanted)) {
+        if (!List.of("", "mma", "wgmma", "prefill", "split").contains(wanted)) {
             throw new IllegalArgumentException(
-                    "moe4j.cuda.gemm="
-                            + wanted
-                            + " is none of mma, wgmma, wide, prefill and split");
+                    "moe4j.cuda.gemm=" + wanted + " is none of mma, wgmma, prefill and split");
         }
         boolean hopper = bySymbol.containsKey("moe_experts_wgmma");
         if (!hopper && !List.of("", "mma").contains(wanted)) {
@@ -213,14 +218,24 @@ public final class LoadedKernels implements AutoCloseable {
         if (wanted.equals("mma") || !hopper) {
             return MMA;
         }
-        boolean prefill = DeviceLayout.averageRows(config) >= PREFILL_ROWS;
+        boolean prefill = isForPrefill(config);
         if (wanted.equals("split")) {
             return prefill ? SPLIT_PREFILL : SPLIT;
         }
-        if (wanted.equals("wide")) {
-            return FUSED_WIDE;
-        }
         return wanted.equals("prefill") || prefill ? PREFILL : FUSED;
+    }
+
+    /**
+     * {@return whether a layer's experts run in pairs of blocks that share weights: by the rows
+     * that an expert is expected to get and the bytes of a rank's experts}
+     *
+     * @param config the layer's
+     */
+    public static boolean isForPrefill(MoeConfig config) {
+        long weights = 3L * config.shape().hidden() * config.shape().intermediate();
+        long bytes = 2 * weights * config.expertsPerRank();
+        return DeviceLayout.averageRows(config)
+                >= (bytes < FEW_BYTES ? PREFILL_ROWS_OF_FEW_BYTES : PREFILL_ROWS);
     }
 
     /**
