@@ -163,15 +163,16 @@ class Tiles {
    public:
     __device__ __forceinline__ explicit Tiles(const Shared& shared) : shared_(shared) { read_group(); }
 
-    // The lane that knows the tile writes it to `to`; without one, lane 0. All lanes get its phase and
-    // expert. Numbers ascend from call to call.
-    __device__ __forceinline__ void find(int number, Tile& to, int& phase, int& expert) {
+    // The lane that knows the tile writes it to `to` and arrives at `ready`; without one, lane 0. All lanes get
+    // its phase and expert. Numbers ascend from call to call.
+    __device__ __forceinline__ void find(int number, Tile& to, uint32_t ready, int& phase, int& expert) {
         for (;;) {
             const unsigned after = phase_ == kNoPhase ? 0 : __ballot_sync(0xffffffffu, number - before_ < end_);
             if (after != 0) {
                 const int lane = __ffs(after) - 1;
                 if (threadIdx.x % 32 == lane) {
                     to = tile(number - before_ - (end_ - tiles_));
+                    ptx::mbarrier_arrive(ready);
                 }
                 phase = phase_;
                 expert = group_ + lane;
@@ -198,6 +199,7 @@ class Tiles {
         expert = 0;
         if (threadIdx.x % 32 == 0) {
             to.phase = kNoPhase;
+            ptx::mbarrier_arrive(ready);
         }
     }
 
@@ -285,11 +287,9 @@ __device__ __forceinline__ void deal_tiles(Shared& shared, const Addresses& at, 
         claim = __shfl_sync(0xffffffffu, claim, 0);
         int next_phase, next_expert;
         // why the slot is free: the tile before the one in work has been waited for below
-        tiles.find(static_cast<int>(claim), shared.tiles[slot.index], next_phase, next_expert);
+        tiles.find(static_cast<int>(claim), shared.tiles[slot.index], barrier_at(at.tile_ready, slot.index),
+                   next_phase, next_expert);
         __syncwarp();
-        if (lane == 0) {
-            ptx::mbarrier_arrive(barrier_at(at.tile_ready, slot.index));
-        }
         slot.step();
         if (!first) {
             // The other slot's
@@ -325,7 +325,7 @@ __device__ __forceinline__ void deal_tiles(Shared& shared, const Addresses& at, 
     }
 }
 
-// The roles step over the same list. tile_free counts the warps that do.
+// The roles step over the same list. tile_free counts the threads that do.
 struct TileList {
     Shared& shared;
     uint32_t ready, free;
@@ -343,7 +343,7 @@ struct TileList {
         slot.step();
     }
 };
-constexpr int kTileReaders = kMultiplyThreads / 32 + 1 + kGatherThreads / 32;
+constexpr int kTileReaders = kMultiplyThreads + 1 + kGatherThreads;
 
 // Warpgroup 2, one thread: this CTA's half of the weights, for the cluster.
 __device__ __forceinline__ void stream_weights(Shared& shared, const Addresses& at) {
@@ -427,10 +427,7 @@ __device__ __forceinline__ void gather_tokens(Shared& shared, const Addresses& a
             await_rows(shared.expert_done + tile.expert, tile.after, p, me);
         }
         __syncwarp();
-        if (threadIdx.x % 32 == 0) {
-            ptx::mbarrier_arrive(barrier_at(list.free, list.slot.index));
-        }
-        list.slot.step();
+        list.leave();
         int left = step;  // k blocks of the stage
 #pragma unroll 1
         for (int k = 0; k < k_blocks; k++) {
@@ -795,10 +792,7 @@ __device__ __forceinline__ void multiply(Shared& shared, const Addresses& at, co
             }
         }
         __syncwarp();
-        if (threadIdx.x % 32 == 0) {
-            ptx::mbarrier_arrive(barrier_at(list.free, list.slot.index));
-        }
-        list.slot.step();
+        list.leave();
     }
 }
 
