@@ -154,82 +154,175 @@ __device__ __forceinline__ uint32_t barrier_at(uint32_t barriers, int index) {
     return barriers + 8 * index;
 }
 
-// The tiles by ascending number, for one warp: phase by phase; in a phase, first the experts with so many
-// tokens that these take the time, not the weights, so that the last tiles to start are short; then expert
-// by expert, within an expert by pairs of row tiles, within a pair by blocks of tokens. The tokens of an
+// Two rows of tiles merged evenly into one; it begins with one of the first row, if there are any.
+struct Merge {
+    int first = 0;      // tiles of the first row
+    int all = 0;        // of both
+    uint32_t step = 0;  // of the first row among each, in 1 / 2^31
+
+    Merge() = default;
+    __device__ __forceinline__ Merge(int first, int second) : first(first), all(first + second) {
+        // why up: so that the first row is through at the end. In float: a division of 64 bits takes 0.2 us
+        step = second == 0 ? 1u << 31
+                           : min(1u << 31, static_cast<uint32_t>(__fdividef(first, all) * 2147485696.0f));
+    }
+
+    // Of the first row, before this one.
+    __device__ __forceinline__ int before(int number) const {
+        return min(first, static_cast<int>((static_cast<uint64_t>(number) * step + 0x7fffffff) >> 31));
+    }
+};
+
+// The tiles by ascending number, for one warp. Two rows of tiles are merged: those of experts with so many tokens
+// that these take the time, which keep the tensor cores busy, and the others, whose weights take it. Both should be
+// in work at any time, and the last tiles to start be short:
+//   head     gate_up of many, among others: in the first fourth of all tiles, in whole rounds of the grid
+//   gap      others, while the last of these tiles are in work
+//   middle   down of many, among others
+//   tail     others, a round
+// In a row, gate_up comes first, of the others the experts whose tiles are together before those apart; then
+// expert by expert, within an expert by pairs of row tiles, within a pair by blocks of tokens. The tokens of an
 // expert fall into blocks of 16 a unit, as equal as can be.
 template <int kFirstPhase, int kLastPhase>
 class Tiles {
    public:
-    __device__ __forceinline__ explicit Tiles(const Shared& shared) : shared_(shared) { read_group(); }
+    __device__ __forceinline__ explicit Tiles(const Shared& shared) : shared_(shared) {
+        const GemmOperands& g = shared.operands[kFirstPhase];
+        constexpr int kBatch = 4;  // loads on their way together
+        int blocks = 0, other = 0;  // blocks of tokens of experts with many, and of the others, one each
+#pragma unroll 1
+        for (int e = threadIdx.x % 32; e < g.experts; e += 32 * kBatch) {
+            int rows[kBatch];
+#pragma unroll
+            for (int i = 0; i < kBatch; i++) {
+                rows[i] = e + 32 * i < g.experts ? g.counts[e + 32 * i] : 0;
+            }
+#pragma unroll
+            for (int i = 0; i < kBatch; i++) {
+                const bool many = rows[i] > kMaxColumns;
+                blocks += many ? blocks_of(rows[i]) : 0;
+                other += rows[i] > 0 && !many ? 1 : 0;
+            }
+        }
+        blocks = __reduce_add_sync(0xffffffffu, blocks);
+        other = __reduce_add_sync(0xffffffffu, other);
+        const int gate_up = kFirstPhase == kGateUp ? pairs(kGateUp) : 0;
+        const int down = kLastPhase == kDown ? pairs(kDown) : 0;
+        const int grid = gridDim.x / kClusterCtas;
+        // why in float: this is before the first tile, and nothing depends on one more or less
+        const auto rounds = [grid](int tiles) { return static_cast<int>(__fdividef(tiles, grid)); };
+        const int many = blocks * gate_up;
+        int others = other * (gate_up + down);
+        total_ = blocks * (gate_up + down) + others;
+        // why one round of few: they are soon done, and what is left is the memory's
+        const int head = many == 0 ? 0 : max(many, (2 * many > grid ? max(rounds(total_ / 4), 1) : 1) * grid);
+        const int beside = min(others, head - many);
+        head_ = Merge(many, beside);
+        others -= beside;
+        if (beside > 0) {
+            gap_ = 2 * static_cast<int>(__fdividef(grid * beside, head_.all));
+        } else {
+            const int past_rounds = many - rounds(many) * grid;
+            gap_ = past_rounds > 0 ? 2 * (grid - past_rounds) : 0;
+        }
+        gap_ = min(others, gap_);
+        others -= gap_;
+        middle_ = Merge(blocks * down, others - min(others, grid));
+    }
 
     // The lane that knows the tile writes it to `to` and arrives at `ready`; without one, lane 0. All lanes get
     // its phase and expert. Numbers ascend from call to call.
     __device__ __forceinline__ void find(int number, Tile& to, uint32_t ready, int& phase, int& expert) {
+        if (number >= total_) {
+            phase = kNoPhase;
+            expert = 0;
+            if (threadIdx.x % 32 == 0) {
+                to.phase = kNoPhase;
+                ptx::mbarrier_arrive(ready);
+            }
+            return;
+        }
+        const bool in_head = number < head_.all;
+        const Merge& merge = in_head ? head_ : middle_;
+        const int place = in_head ? number : number - head_.all - gap_;  // in the merged rows; negative in the gap
+        const int many_before = merge.before(max(place, 0));
+        const bool many = place >= 0 && merge.before(place + 1) > many_before;
+        const int first = many_before + (in_head ? 0 : head_.first);
+        if (many != many_) {
+            many_ = many;
+            const Cursor other = at_;
+            at_ = parked_;
+            parked_ = other;
+            stale_ = true;
+        }
+        const int in_row = many ? first : number - first;
         for (;;) {
-            const unsigned after = phase_ == kNoPhase ? 0 : __ballot_sync(0xffffffffu, number - before_ < end_);
+            if (stale_) {
+                read_group();
+            }
+            const unsigned after = __ballot_sync(0xffffffffu, in_row - at_.before < end_);
             if (after != 0) {
                 const int lane = __ffs(after) - 1;
                 if (threadIdx.x % 32 == lane) {
-                    to = tile(number - before_ - (end_ - tiles_));
+                    to = tile(in_row - at_.before - (end_ - tiles_));
                     ptx::mbarrier_arrive(ready);
                 }
-                phase = phase_;
-                expert = group_ + lane;
+                phase = at_.phase;
+                expert = at_.group + lane;
                 return;
             }
-            if (phase_ == kNoPhase) {
-                break;
+            at_.before += __shfl_sync(0xffffffffu, end_, 31);
+            at_.group += 32;
+            if (at_.group >= shared_.operands[at_.phase].experts) {
+                at_.group = 0;
+                at_.phase += many_ || at_.apart ? 1 : 0;
+                at_.apart = !many_ && !at_.apart;
             }
-            before_ += __shfl_sync(0xffffffffu, end_, 31);
-            group_ += 32;
-            if (group_ >= shared_.operands[phase_].experts) {
-                group_ = 0;
-                phase_ += large_ ? 0 : 1;
-                large_ = !large_;
-                if (phase_ > kLastPhase) {
-                    phase_ = kNoPhase;
-                }
-            }
-            if (phase_ != kNoPhase) {
-                read_group();
-            }
-        }
-        phase = kNoPhase;
-        expert = 0;
-        if (threadIdx.x % 32 == 0) {
-            to.phase = kNoPhase;
-            ptx::mbarrier_arrive(ready);
+            stale_ = true;
         }
     }
 
-    // Once there are no more.
-    __device__ __forceinline__ int total() const { return before_; }
+    __device__ __forceinline__ int total() const { return total_; }
 
    private:
+    // A place in a row of tiles.
+    struct Cursor {
+        int phase = kFirstPhase;
+        bool apart = false;  // of the others: those whose tiles are apart, else those together
+        int group = 0;       // of 32 experts
+        int before = 0;      // tiles before the group
+    };
+
     __device__ __forceinline__ int pairs(int phase) const {
         return (shared_.operands[phase].row_tiles + 1) / 2;
     }
 
+    static __device__ __forceinline__ int blocks_of(int rows) { return ((rows + 15) / 16 + kBlocks - 1) / kBlocks; }
+
+    // Whether an expert's tiles come where the cursor is.
+    __device__ __forceinline__ bool is_here(int rows) const {
+        return many_ ? rows > kMaxColumns : rows <= kMaxColumns && (rows <= kMostApart) == at_.apart;
+    }
+
     __device__ __forceinline__ void read_group() {
-        const GemmOperands& g = shared_.operands[phase_];
+        const GemmOperands& g = shared_.operands[at_.phase];
         const int lane = threadIdx.x % 32;
-        const int expert = group_ + lane;
+        const int expert = at_.group + lane;
         rows_ = expert < g.experts ? max(g.counts[expert], 0) : 0;
-        const int units = (rows_ + 15) / 16;
-        blocks_ = (units + kBlocks - 1) / kBlocks;
-        tiles_ = (rows_ > kMaxColumns) == large_ ? blocks_ * pairs(phase_) : 0;
+        blocks_ = blocks_of(rows_);
+        tiles_ = is_here(rows_) ? blocks_ * pairs(at_.phase) : 0;
         end_ = tiles_;
 #pragma unroll
         for (int offset = 1; offset < 32; offset *= 2) {
             const int other = __shfl_up_sync(0xffffffffu, end_, offset);
             end_ += lane >= offset ? other : 0;
         }
+        stale_ = false;
     }
 
     __device__ __forceinline__ Tile tile(int within) const {
-        const GemmOperands& g = shared_.operands[phase_];
-        const int expert = group_ + threadIdx.x % 32;
+        const GemmOperands& g = shared_.operands[at_.phase];
+        const int expert = at_.group + threadIdx.x % 32;
         const int units = (rows_ + 15) / 16;
         const int pair = within / blocks_;
         const int block = within - pair * blocks_;
@@ -237,22 +330,23 @@ class Tiles {
         const int unit = static_cast<int>(static_cast<int64_t>(block) * units / blocks_);
         const int next = static_cast<int>((block + 1ll) * units / blocks_);
         Tile tile;
-        tile.phase = phase_;
+        tile.phase = at_.phase;
         tile.expert = expert;
         tile.row_tile = 2 * pair;
         tile.first_row = (g.offsets != nullptr ? g.offsets[expert] : 0) + 16 * unit;
         tile.apart = rows_ <= kMostApart;
         tile.width = tile.apart ? (rows_ + 7) / 8 * 8 : 8 * (next - unit);
         tile.rows = min(2 * tile.width, rows_ - 16 * unit);
-        tile.after = kFirstPhase == kGateUp && phase_ == kDown ? blocks_ * pairs(kGateUp) * kClusterCtas : 0;
+        tile.after = kFirstPhase == kGateUp && at_.phase == kDown ? blocks_ * pairs(kGateUp) * kClusterCtas : 0;
         return tile;
     }
 
     const Shared& shared_;
-    int phase_ = kFirstPhase;
-    bool large_ = true;
-    int group_ = 0;   // of 32 experts
-    int before_ = 0;  // tiles before the group
+    Merge head_, middle_;
+    int gap_, total_;
+    bool many_ = false;  // which row at_ is a place in; parked_ is one in the other
+    Cursor at_, parked_;
+    bool stale_ = true;                // what follows is not of at_
     int rows_, blocks_, tiles_, end_;  // of the lane's expert; tiles to its end
 };
 
@@ -262,18 +356,22 @@ template <int kFirstPhase, int kLastPhase>
 __device__ __forceinline__ void deal_tiles(Shared& shared, const Addresses& at, WorkWord claimed) {
     const int lane = threadIdx.x % 32;
     const int rank = ptx::cluster_rank();
+    // why before the list: the two wait for device memory together
+    uint32_t claim = 0;
+    if (rank == 0 && lane == 0) {
+        claim = atomicAdd(shared.work + claimed, 1u);
+    }
     Tiles<kFirstPhase, kLastPhase> tiles(shared);
     Position<kListedTiles> slot;
     Position<1> turn;
     int phase = kNoPhase, expert = 0;  // of the tile in work
     for (bool first = true;; first = false) {
-        uint32_t claim = 0;
         if (lane == 0) {
             if (rank == 0) {
                 if (!first) {
                     ptx::mbarrier_wait(at.claim_due, turn.parity ^ 1);
+                    claim = atomicAdd(shared.work + claimed, 1u);
                 }
-                claim = atomicAdd(shared.work + claimed, 1u);
                 ptx::mbarrier_wait(at.claim_free, turn.parity ^ 1);
                 ptx::store_async_at(at.claim, claim, at.claim_ready, 1);
             } else {
