@@ -2,9 +2,12 @@
 // bench_cases.h and of prefill, cold weights, graph replay, medians; and bits compared between the
 // wgmma kernels and those with mma.sync, over poisoned outputs.
 //
-//   bench_main [cases] [prefill] [verify] [only=N] [kernels=NAME]
+//   bench_main [cases] [prefill] [verify] [turns] [only=N] [kernels=NAME] [cubin=NAME:FILE:SHARED ...]
 //
 // kernels: times these alone, for example prefill+pdl; bits are compared with mma.sync all the same.
+// cubin: moe_experts_wgmma_prefill and its halves from another build, with that build's bytes of shared memory.
+// turns: the prefill kernel and those of the cubins in turns on a GPU that they have made hot, in the cases
+// (only=N: this one, else 5, 10 and 14) and, with prefill, in prefill, with the clock of the SMs.
 // Prefill prints the rate of cuBLAS beside, measured before each time of a chain, where the variable CUBLAS
 // names libcublas.so.13.
 #include <dlfcn.h>
@@ -16,6 +19,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -37,7 +41,7 @@ struct Variant {
 };
 
 const int kNarrowShared = moe::kWgmmaSharedBytes<moe::NarrowShape>;
-const Variant kVariants[] = {
+std::vector<Variant> g_variants = {
     {"mma", moe_gate_up_mma, moe_down_mma, nullptr, 256, moe::kGemmSharedBytes, 2, false},
     {"split", moe_gate_up_wgmma, moe_down_wgmma, nullptr, moe::kWgmmaThreads, kNarrowShared, 1, false},
     {"split+pdl", moe_gate_up_wgmma, moe_down_wgmma, nullptr, moe::kWgmmaThreads, kNarrowShared, 1, true},
@@ -50,7 +54,7 @@ const Variant kVariants[] = {
 };
 
 int g_sms;
-const char* g_kernels = nullptr;  // the name of one of kVariants, or all
+const char* g_kernels = nullptr;  // the name of one of g_variants, or all
 
 bool is_wanted(const Variant& v) { return g_kernels == nullptr || std::strcmp(g_kernels, v.name) == 0; }
 
@@ -194,38 +198,56 @@ struct Bench {
 
     // Median time of a stage over replays of a graph that goes through the sets.
     double time_us(const Variant& v, int stage, int replays, double* ghz = nullptr) {
-        const int rounds = std::max(1, 8 / sets);
+        Replay replay(*this, v, stage);
+        replay.time_us(2);
+        std::vector<double> times = replay.time_us(replays, ghz);
+        std::sort(times.begin(), times.end());
+        return times[times.size() / 2];
+    }
+
+    // A graph of a stage that goes through the sets.
+    struct Replay {
+        int runs;
         cudaGraph_t graph;
         cudaGraphExec_t exec;
-        CHECK_CUDA(cudaStreamBeginCapture(g_stream, cudaStreamCaptureModeGlobal));
-        for (int i = 0; i < rounds * sets; i++) enqueue(v, stage, i % sets);
-        CHECK_CUDA(cudaStreamEndCapture(g_stream, &graph));
-        CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
         cudaEvent_t a, b;
-        CHECK_CUDA(cudaEventCreate(&a));
-        CHECK_CUDA(cudaEventCreate(&b));
-        std::vector<float> times;
-        ClockRate clock(g_stream);
-        for (int i = 0; i < replays + 2; i++) {
-            if (i == 2) clock.mark(0);
-            CHECK_CUDA(cudaEventRecord(a, g_stream));
-            CHECK_CUDA(cudaGraphLaunch(exec, g_stream));
-            CHECK_CUDA(cudaEventRecord(b, g_stream));
-            CHECK_CUDA(cudaStreamSynchronize(g_stream));
-            float ms;
-            CHECK_CUDA(cudaEventElapsedTime(&ms, a, b));
-            if (i >= 2) times.push_back(ms);
+
+        Replay(Bench& bench, const Variant& v, int stage) : runs(std::max(1, 8 / bench.sets) * bench.sets) {
+            CHECK_CUDA(cudaStreamBeginCapture(g_stream, cudaStreamCaptureModeGlobal));
+            for (int i = 0; i < runs; i++) bench.enqueue(v, stage, i % bench.sets);
+            CHECK_CUDA(cudaStreamEndCapture(g_stream, &graph));
+            CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
+            CHECK_CUDA(cudaEventCreate(&a));
+            CHECK_CUDA(cudaEventCreate(&b));
         }
-        clock.mark(1);
-        CHECK_CUDA(cudaStreamSynchronize(g_stream));
-        if (ghz != nullptr) *ghz = clock.ghz();
-        std::sort(times.begin(), times.end());
-        CHECK_CUDA(cudaEventDestroy(a));
-        CHECK_CUDA(cudaEventDestroy(b));
-        CHECK_CUDA(cudaGraphExecDestroy(exec));
-        CHECK_CUDA(cudaGraphDestroy(graph));
-        return times[times.size() / 2] * 1000.0 / (rounds * sets);
-    }
+        Replay(const Replay&) = delete;
+        ~Replay() {
+            cudaEventDestroy(a);
+            cudaEventDestroy(b);
+            cudaGraphExecDestroy(exec);
+            cudaGraphDestroy(graph);
+        }
+
+        // Of one run in each replay.
+        std::vector<double> time_us(int replays, double* ghz = nullptr) {
+            std::vector<double> times;
+            ClockRate clock(g_stream);
+            clock.mark(0);
+            for (int i = 0; i < replays; i++) {
+                CHECK_CUDA(cudaEventRecord(a, g_stream));
+                CHECK_CUDA(cudaGraphLaunch(exec, g_stream));
+                CHECK_CUDA(cudaEventRecord(b, g_stream));
+                CHECK_CUDA(cudaStreamSynchronize(g_stream));
+                float ms;
+                CHECK_CUDA(cudaEventElapsedTime(&ms, a, b));
+                times.push_back(ms * 1000.0 / runs);
+            }
+            clock.mark(1);
+            CHECK_CUDA(cudaStreamSynchronize(g_stream));
+            if (ghz != nullptr) *ghz = clock.ghz();
+            return times;
+        }
+    };
 
     std::vector<uint8_t> outputs(const Variant& v, int set, int poison) {
         poison_outputs(poison);
@@ -251,8 +273,8 @@ struct Bench {
     // variants that differ.
     int verify(const char* name) {
         int wrong = 0;
-        const auto expected = outputs(kVariants[0], 0, 0xff);
-        for (const Variant& v : kVariants) {
+        const auto expected = outputs(g_variants[0], 0, 0xff);
+        for (const Variant& v : g_variants) {
             if (!is_wanted(v)) continue;
             for (int again = 0; again < 2; again++) {
                 const auto got = outputs(v, 0, 0xff);
@@ -296,13 +318,13 @@ int verify_beside_occupant() {
     cudaStream_t streams[3];
     for (cudaStream_t& stream : streams) CHECK_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     int wrong = 0;
-    for (const Variant& v : kVariants) {
+    for (const Variant& v : g_variants) {
         if (v.both == nullptr) continue;
         // Sizes: a gate_up tile for about each CTA of a whole GPU, and more down tiles of experts whose gate_up
         // tiles lie past half of these than there are CTAs with an SM
         Bench layers[2] = {{std::vector<int>(8, 3), 5120, 1024, 99}, {std::vector<int>(4, 20), 5120, 2048, 99}};
         std::vector<uint8_t> expected[2];
-        for (int i = 0; i < 2; i++) expected[i] = layers[i].outputs(kVariants[0], 0, 0xff);
+        for (int i = 0; i < 2; i++) expected[i] = layers[i].outputs(g_variants[0], 0, 0xff);
         for (Bench& layer : layers) layer.poison_outputs(0xff);
         CHECK_CUDA(cudaStreamSynchronize(g_stream));
         volatile int* seen = words;
@@ -390,14 +412,14 @@ double dense_tflops(double* ghz) {
 }
 
 void bench_cases(int only, bool verify, bool time) {
-    const int n = sizeof(kVariants) / sizeof(kVariants[0]);
+    const int n = static_cast<int>(g_variants.size());
     int wrong = verify && only == 0 ? verify_odd() + verify_beside_occupant() : 0;
     std::vector<double> log_sum(n, 0.0);
     double best_log = 0;
     int cases = 0;
     if (time) {
         std::printf("%-34s %6s %6s |", "chain us", "floor", "peer");
-        for (const Variant& v : kVariants) {
+        for (const Variant& v : g_variants) {
             if (is_wanted(v)) std::printf(" %12s", v.name);
         }
         std::printf(" | best/floor best/peer | gate_up down of the best without PDL, / floor\n");
@@ -411,14 +433,14 @@ void bench_cases(int only, bool verify, bool time) {
         int best = -1;
         std::vector<double> us(n);
         for (int i = 0; i < n; i++) {
-            if (!is_wanted(kVariants[i])) continue;
-            us[i] = bench.time_us(kVariants[i], kChain, i == 0 ? 3 : 15);
+            if (!is_wanted(g_variants[i])) continue;
+            us[i] = bench.time_us(g_variants[i], kChain, i == 0 ? 3 : 15);
             if (best < 0 || us[i] < us[best]) best = i;
             log_sum[i] += std::log(us[i] / c.floor[2]);
             std::printf(" %12.1f", us[i]);
             std::fflush(stdout);
         }
-        Variant plain = kVariants[best];
+        Variant plain = g_variants[best];
         plain.pdl = false;
         const double g1 = bench.time_us(plain, kGateUp, 9), g2 = bench.time_us(plain, kDown, 9);
         best_log += std::log(us[best] / c.floor[2]);
@@ -429,34 +451,39 @@ void bench_cases(int only, bool verify, bool time) {
     if (time && cases > 0) {
         std::printf("geometric mean / floor                           |");
         for (int i = 0; i < n; i++) {
-            if (is_wanted(kVariants[i])) std::printf(" %12.3f", std::exp(log_sum[i] / cases));
+            if (is_wanted(g_variants[i])) std::printf(" %12.3f", std::exp(log_sum[i] / cases));
         }
         std::printf(" | %5.3f\n", std::exp(best_log / cases));
     }
     if (verify) std::printf("bits: %s\n", wrong == 0 ? "all variants equal mma.sync" : "SOME DIFFER");
 }
 
-void bench_prefill(bool verify) {
-    struct Shape {
-        const char* name;
-        int hidden, intermediate, experts, top_k, tokens;
-        bool even;
-    };
-    const Shape shapes[] = {{"qwen3-30b-a3b 4096 tokens, even", 2048, 768, 128, 8, 4096, true},
-                            {"qwen3-30b-a3b 4096 tokens, random", 2048, 768, 128, 8, 4096, false},
-                            {"mixtral-8x7b 4096 tokens, even", 4096, 14336, 8, 2, 4096, true},
-                            {"mixtral-8x7b 4096 tokens, random", 4096, 14336, 8, 2, 4096, false}};
-    for (const Shape& s : shapes) {
-        std::vector<int> counts(s.experts, 0);
+struct PrefillShape {
+    const char* name;
+    int hidden, intermediate, experts, top_k, tokens;
+    bool even;
+
+    std::vector<int> counts() const {
+        std::vector<int> counts(experts, 0);
         Random random{3};
-        for (int i = 0; i < s.tokens * s.top_k; i++) counts[s.even ? i % s.experts : random.below(s.experts)]++;
-        Bench bench(counts, s.hidden, s.intermediate, s.tokens);
+        for (int i = 0; i < tokens * top_k; i++) counts[even ? i % experts : random.below(experts)]++;
+        return counts;
+    }
+};
+const PrefillShape kPrefillShapes[] = {{"qwen3-30b-a3b 4096 tokens, even", 2048, 768, 128, 8, 4096, true},
+                                       {"qwen3-30b-a3b 4096 tokens, random", 2048, 768, 128, 8, 4096, false},
+                                       {"mixtral-8x7b 4096 tokens, even", 4096, 14336, 8, 2, 4096, true},
+                                       {"mixtral-8x7b 4096 tokens, random", 4096, 14336, 8, 2, 4096, false}};
+
+void bench_prefill(bool verify) {
+    for (const PrefillShape& s : kPrefillShapes) {
+        Bench bench(s.counts(), s.hidden, s.intermediate, s.tokens);
         if (verify) std::printf("%s", bench.verify(s.name) ? "" : "bits equal; ");
         const double flop = 2.0 * bench.rows * s.hidden * s.intermediate;
         std::printf("%-36s", s.name);
         // the share of the clocks in which the tensor cores multiply, at 4096 operations a clock and SM
         auto busy = [](double tflops, double ghz) { return 100 * tflops / (4.096 * g_sms * ghz); };
-        for (const Variant& v : kVariants) {
+        for (const Variant& v : g_variants) {
             if (!is_wanted(v)) continue;
             const int replays = v.gate_up == moe_gate_up_mma ? 1 : 9;
             double ghz1, ghz2, ghz, dense_ghz = 1;
@@ -476,6 +503,83 @@ void bench_prefill(bool verify) {
     }
 }
 
+// The prefill kernel and those of cubins in turns: a second of all of them, then five turns of 40 ms each.
+void bench_turns(const char* name, Bench& bench) {
+    constexpr int kTurns = 5;
+    constexpr double kTurnUs = 40000, kWarmUs = 500000;
+    struct Entry {
+        const Variant* variant;
+        std::unique_ptr<Bench::Replay> replay;
+        int replays;  // of a turn
+        std::vector<double> us, ghz;
+    };
+    std::vector<Entry> entries;
+    bool from_here = false;
+    for (const Variant& v : g_variants) {
+        from_here |= v.both == moe_experts_wgmma_prefill;
+        if (!from_here) continue;
+        Entry entry{&v, std::make_unique<Bench::Replay>(bench, v, kChain), 1, {}, {}};
+        entry.replay->time_us(1);
+        const double us = entry.replay->time_us(1)[0] * entry.replay->runs;
+        entry.replays = std::max(3, static_cast<int>(kTurnUs / us));
+        entries.push_back(std::move(entry));
+    }
+    const int warm_turns = static_cast<int>(kWarmUs / kTurnUs / static_cast<double>(entries.size())) + 1;
+    for (int turn = -warm_turns; turn < kTurns; turn++) {
+        for (Entry& entry : entries) {
+            double ghz;
+            const std::vector<double> us = entry.replay->time_us(entry.replays, &ghz);
+            if (turn < 0) continue;
+            entry.us.insert(entry.us.end(), us.begin(), us.end());
+            entry.ghz.push_back(ghz);
+        }
+    }
+    double first = 0;
+    for (Entry& entry : entries) {
+        std::sort(entry.us.begin(), entry.us.end());
+        std::sort(entry.ghz.begin(), entry.ghz.end());
+        const double median = entry.us[entry.us.size() / 2], ghz = entry.ghz[kTurns / 2];
+        if (first == 0) first = median;
+        std::printf("%-36s %-14s %8.1f us (p20 %.1f, p80 %.1f) at %.3f GHz: %7.1f k clocks, %+.1f %%\n", name,
+                    entry.variant->name, median, entry.us[entry.us.size() / 5], entry.us[entry.us.size() * 4 / 5],
+                    ghz, median * ghz, 100 * (median / first - 1));
+    }
+}
+
+void bench_all_in_turns(int only, bool prefill) {
+    for (const BenchCase& c : kBenchCases) {
+        const int number = std::atoi(c.name);
+        if (only != 0 ? number != only : number != 5 && number != 10 && number != 14) continue;
+        Bench bench(std::vector<int>(c.counts, c.counts + c.experts), c.hidden, c.intermediate, c.slots);
+        bench_turns(c.name, bench);
+    }
+    for (const PrefillShape& s : kPrefillShapes) {
+        if (!prefill) break;
+        Bench bench(s.counts(), s.hidden, s.intermediate, s.tokens);
+        bench_turns(s.name, bench);
+    }
+}
+
+// Adds a variant of NAME:FILE:SHARED; the strings live on.
+void add_cubin(char* spec) {
+    char* file = std::strchr(spec, ':');
+    char* shared = file == nullptr ? nullptr : std::strchr(file + 1, ':');
+    if (shared == nullptr) {
+        std::printf("cubin=NAME:FILE:SHARED\n");
+        std::exit(2);
+    }
+    *file++ = 0, *shared++ = 0;
+    cudaLibrary_t library;
+    CHECK_CUDA(cudaLibraryLoadFromFile(&library, file, nullptr, nullptr, 0, nullptr, nullptr, 0));
+    auto kernel = [&](const char* name) {
+        cudaKernel_t handle = nullptr;
+        CHECK_CUDA(cudaLibraryGetKernel(&handle, library, name));
+        return reinterpret_cast<void (*)(moe::StepParams)>(handle);
+    };
+    g_variants.push_back({spec, kernel("moe_gate_up_wgmma_prefill"), kernel("moe_down_wgmma_prefill"),
+                         kernel("moe_experts_wgmma_prefill"), moe::prefill::kThreads, std::atoi(shared), 1, true});
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -489,11 +593,12 @@ int main(int argc, char** argv) {
     for (int i = 1; i < argc; i++) {
         if (std::strncmp(argv[i], "only=", 5) == 0) only = std::atoi(argv[i] + 5);
         if (std::strncmp(argv[i], "kernels=", 8) == 0) g_kernels = argv[i] + 8;
+        if (std::strncmp(argv[i], "cubin=", 6) == 0) add_cubin(argv[i] + 6);
     }
     std::setvbuf(stdout, nullptr, _IOLBF, 0);
     CHECK_CUDA(cudaStreamCreateWithFlags(&g_stream, cudaStreamNonBlocking));
     CHECK_CUDA(cudaDeviceGetAttribute(&g_sms, cudaDevAttrMultiProcessorCount, 0));
-    for (const Variant& v : kVariants) {
+    for (const Variant& v : g_variants) {
         CHECK_CUDA(cudaFuncSetAttribute(v.gate_up, cudaFuncAttributeMaxDynamicSharedMemorySize, v.shared));
         if (v.both != nullptr) {
             CHECK_CUDA(cudaFuncSetAttribute(v.both, cudaFuncAttributeMaxDynamicSharedMemorySize, v.shared));
@@ -505,6 +610,10 @@ int main(int argc, char** argv) {
     fill(g_pool, g_pool_bytes, 11, 0.05f);
     CHECK_CUDA(cudaStreamSynchronize(g_stream));
     if (asked("cases") || asked("verify")) bench_cases(only, asked("verify"), asked("cases"));
-    if (asked("prefill")) bench_prefill(asked("verify"));
+    if (asked("turns")) {
+        bench_all_in_turns(only, asked("prefill"));
+    } else if (asked("prefill")) {
+        bench_prefill(asked("verify"));
+    }
     return 0;
 }
