@@ -9,6 +9,9 @@
 //   ep_main time              medians of a pair in a graph of 16, maximum over GPUs
 //   ep_main sweep             the same, for several numbers of CTAs
 //   ep_main sizes             the same, and larger steps: where lines stop to pay
+//   ep_main pairs             fused pairs only: combine directly behind dispatch, and an empty kernel between
+//   ep_main trace             with -DMOE_TRACE: when the warps of dispatch passed its trace points
+// With -DEP_ONLY only the kernels that it uses are compiled.
 #include <algorithm>
 #include <atomic>
 #include <barrier>
@@ -25,7 +28,17 @@
 #include <vector>
 
 #define MOE_TEST_STUBS
+#ifdef EP_ONLY
+#include "../../main/cuda/kernels/route_topk.cu"
+#include "../../main/cuda/kernels/dispatch_send.cu"
+#include "../../main/cuda/kernels/dispatch_recv.cu"
+#include "../../main/cuda/kernels/dispatch_fused.cu"
+#include "../../main/cuda/kernels/combine_send.cu"
+#include "../../main/cuda/kernels/combine_recv.cu"
+#include "../../main/cuda/kernels/combine_fused.cu"
+#else
 #include "../../main/cuda/moe4j.cu"
+#endif
 
 #define CHECK_CUDA(call)                                                                         \
     do {                                                                                         \
@@ -149,7 +162,8 @@ struct Config {
     int variants = 8;  // inputs in device memory at once
     int dispatch_ctas = 0, combine_ctas = 0;
     int pairs = 1;
-    bool empty = false, one_cta = false;  // empty: no expert, for timings
+    bool empty = false, one_cta = false;  // empty: an empty kernel for the experts, for timings
+    bool direct = false;                  // no kernel for the experts, for timings
     uint64_t timeout_ns = 5000000000ull;
     std::string text() const {
         char s[160];
@@ -525,6 +539,12 @@ class Group {
         return exec;
     }
 
+    int64_t dispatch_ctas() const {
+        if (c.dispatch_ctas) return std::min(c.dispatch_ctas, sms / local);
+        const int64_t pieces = (moe::dispatch_row_lines(Hp, c.K) + 3) / 4;
+        return std::clamp<int64_t>(1 + (c.M * pieces + 63) / 64, 2, std::max(2, sms / local));
+    }
+
    private:
     using Kernel = void (*)(StepParams);
 
@@ -539,11 +559,6 @@ class Group {
         CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, params[gpu]));
     }
 
-    int64_t dispatch_ctas() const {
-        if (c.dispatch_ctas) return std::min(c.dispatch_ctas, sms / local);
-        const int64_t pieces = (moe::dispatch_row_lines(Hp, c.K) + 3) / 4;
-        return std::clamp<int64_t>(1 + (c.M * pieces + 63) / 64, 2, std::max(2, sms / local));
-    }
     int64_t combine_ctas() const {
         if (c.combine_ctas) return std::min(c.combine_ctas, sms / local);
         const int64_t pieces = (moe::combine_row_lines(Hp) + 3) / 4;
@@ -568,6 +583,7 @@ class Group {
         }
     }
     void enqueue_experts(int gpu) {
+        if (c.direct) return;
         if (c.empty) {
             run(gpu, empty_expert, sms, 32, true);
             return;
@@ -900,6 +916,78 @@ double time_config(Config c, int tokens, Form form) {
     return us;
 }
 
+struct Case {
+    int H, E, T;
+};
+
+Config config_of(const Case& k, int ranks) {
+    Config c;
+    c.G = c.R = ranks, c.K = 8, c.E = k.E, c.H = k.H, c.M = k.T, c.wire = ranks == 1 ? moe::kRows : moe::kLines;
+    return c;
+}
+
+// What the pair costs alone: combine behind dispatch, as others measure theirs.
+void time_pairs(int gpus, bool sweep) {
+    const Case cases[] = {{7168, 256, 1}, {7168, 256, 8}, {7168, 256, 32}, {7168, 256, 128},
+                          {2048, 128, 1}, {2048, 128, 32}, {2048, 128, 128}};
+    std::printf("us per pair, graph of 16, K 8, M = T: direct, an empty kernel between, direct with M 128\n");
+    for (int R : {gpus, 1}) {
+        for (const Case& k : cases) {
+            Config c = config_of(k, R);
+            c.direct = true;
+            const double direct = time_config(c, k.T, kFused);
+            Config empty = config_of(k, R);
+            empty.empty = true;
+            Config large = c;
+            large.M = 128;
+            std::printf("R %d H %d T %3d: %6.2f %6.2f %6.2f", R, k.H, k.T, direct, time_config(empty, k.T, kFused),
+                        k.T == 1 ? time_config(large, k.T, kFused) : 0.0);
+            for (int ctas : {2, 3, 5, 9, 17, 33, 66, 99, 132}) {
+                if (!sweep || R == 1) break;
+                c.dispatch_ctas = ctas;
+                std::printf(" %d:%.2f", ctas, time_config(c, k.T, kFused));
+            }
+            std::printf("\n");
+            std::fflush(stdout);
+        }
+        if (gpus == 1) break;
+    }
+}
+
+#ifdef MOE_TRACE
+// Cycles after the wait for the kernel before, of the last pair of a graph of 16: of each warp of the first CTA,
+// and the median and the latest of the other CTAs' warps.
+void trace_dispatch(int gpus) {
+    for (const Case& k : {Case{7168, 256, 1}, Case{7168, 256, 8}, Case{7168, 256, 128}}) {
+        Config c = config_of(k, gpus);
+        c.direct = true, c.pairs = 16, c.variants = 1;
+        Group group(c);
+        for (int g = 0; g < c.G; g++) {
+            use(g);
+            group.make_inputs(g, 11, 0, k.T), group.use_variant(g, 0);
+            CHECK_CUDA(cudaStreamSynchronize(group.streams[g]));
+        }
+        time_pair(group, kFused, 8);
+        use(0);
+        static long long at[256][16][moe::kTracePoints];
+        CHECK_CUDA(cudaMemcpyFromSymbol(at, moe::g_trace, sizeof at));
+        std::printf("trace H %d T %d, %lld CTAs\n", k.H, k.T, static_cast<long long>(group.dispatch_ctas()));
+        for (int w = 0; w < 16; w++) {
+            std::printf("  ids warp %2d:", w);
+            for (int i = 1; i < moe::kTracePoints; i++) std::printf(" %6lld", at[0][w][i] < at[0][w][0] ? -1ll : at[0][w][i] - at[0][w][0]);
+            std::printf("\n");
+        }
+        for (int i : {1, 2, 9}) {
+            std::vector<double> all;
+            for (int b = 1; b < group.dispatch_ctas(); b++) {
+                for (int w = 0; w < 16; w++) all.push_back(at[b][w][i] - at[b][w][0]);
+            }
+            std::printf("  rows, point %d: median %.0f, latest %.0f\n", i, median(all), *std::max_element(all.begin(), all.end()));
+        }
+    }
+}
+#endif
+
 void time_all(int gpus, bool sweep, bool thresholds) {
     const struct { int H, E, T; double aim; } cases[] = {
         {7168, 256, 1, 8}, {7168, 256, 8, 8.5}, {7168, 256, 32, 10}, {7168, 256, 128, 19},
@@ -966,6 +1054,11 @@ int main(int argc, char** argv) {
     else if (mode == "faults") faults(gpus);
     else if (mode == "time") time_all(gpus, false, false);
     else if (mode == "sweep") time_all(gpus, true, false);
+    else if (mode == "pairs") time_pairs(gpus, false);
+    else if (mode == "pairs-sweep") time_pairs(gpus, true);
+#ifdef MOE_TRACE
+    else if (mode == "trace") trace_dispatch(gpus);
+#endif
     else if (mode == "sizes") time_all(gpus, false, true);
     std::printf("%s: %ld checks, %d failed\n", g_failed ? "FAILED" : "ok", g_checked.load(), g_failed.load());
     return g_failed ? 1 : 0;

@@ -44,6 +44,13 @@ __device__ __forceinline__ uint4 load_line_sys(const void* address) {
     return value;
 }
 
+// A lane's 4 bytes of a line, the whole warp side by side: one transaction as well.
+__device__ __forceinline__ uint32_t load_line_word_sys(const void* address) {
+    uint32_t value;
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
+
 __device__ __forceinline__ uint32_t add_acq_rel_gpu(uint32_t* address, uint32_t value) {
     uint32_t before;
     asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
