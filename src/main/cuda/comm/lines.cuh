@@ -145,8 +145,13 @@ struct Lines {
     __device__ __forceinline__ uint8_t* ids(int source, int line) const {
         return base + p.off_dispatch_lines + source * here.source_bytes + line * kLineBytes;
     }
+    // In every region.
+    __device__ __forceinline__ static int64_t row_offset(const StepParams& p, const Here& here, int source, int token) {
+        return p.off_dispatch_lines + source * here.source_bytes +
+               (here.id_line_count + static_cast<int64_t>(token) * here.row_lines) * kLineBytes;
+    }
     __device__ __forceinline__ uint8_t* row(int source, int token) const {
-        return ids(source, here.id_line_count) + static_cast<int64_t>(token) * here.row_lines * kLineBytes;
+        return base + row_offset(p, here, source, token);
     }
     __device__ __forceinline__ uint8_t* result(int rank, int token) const {
         return base + p.off_combine_lines +
@@ -220,7 +225,7 @@ struct LineWait {
     }
 };
 
-// why not inlined: rows of whole bf16 vectors do not need it
+// why not inlined: whole bf16 vectors do not need it
 __device__ __noinline__ uint2 load_4_one_by_one(const void* base, int64_t index, int valid, int32_t dtype) {
     uint32_t v[4];
 #pragma unroll

@@ -41,7 +41,7 @@ constexpr int kCachedLines = 128;    // of ids, of all sources
 constexpr int kLocalExperts = 1024;  // most experts of a rank
 constexpr int kPiecesInFlight = 4;   // of a warp
 constexpr int kUnpackedAtOnce = 4;
-constexpr int kEagerTokens = 8;      // read before T is known
+constexpr int kEagerTokens = 128;    // whose rows are read before T is known
 
 // What a dispatch kernel takes its tokens from: the caller's ids if it sanitises, else route's.
 struct HomeTokens {
@@ -101,22 +101,20 @@ struct RowPiece {
     }
 };
 
-// why not inlined: rows of whole bf16 vectors do not need it
-__device__ __noinline__ uint4 load_8_converted(const void* base, int64_t index, int valid, int32_t dtype,
-                                                      bool vectors) {
-    return load_8_as_bf16(base, index, valid, dtype, vectors);
+// Whether rows can be taken as they are: bf16, in vectors, without pad columns.
+__device__ __forceinline__ bool rows_are_whole(const StepParams& p, const Here& me) {
+    return p.hidden_dtype == kBF16 && p.hidden == p.hidden_pad && rows_are_vectors(me.hidden, p.hidden, kBF16);
 }
 
-template <bool kPeers>
+template <bool kPeers, bool kWhole>
 __device__ __forceinline__ uint4 load_piece(const StepParams& p, const Here& me, const float* weights,
-                                            int token, const RowPiece<kPeers>& piece, bool vectors) {
+                                            int token, const RowPiece<kPeers>& piece) {
     const int64_t row = static_cast<int64_t>(token) * p.hidden;
+    const bool vectors = kWhole || rows_are_vectors(me.hidden, p.hidden, p.hidden_dtype);
     if constexpr (!kPeers) {
-        const int valid = p.hidden - 2 * piece.word;
-        if (p.hidden_dtype == kBF16 && vectors && valid >= 8) {
-            return *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(me.hidden) + row + 2 * piece.word);
-        }
-        return load_8_converted(me.hidden, row + 2 * piece.word, valid, p.hidden_dtype, vectors);
+        const int64_t at = row + 2 * piece.word;
+        return kWhole ? *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(me.hidden) + at)
+                      : load_8_as_bf16(me.hidden, at, p.hidden - 2 * piece.word, p.hidden_dtype, vectors);
     } else {
         uint2 half[2];
 #pragma unroll
@@ -129,7 +127,8 @@ __device__ __forceinline__ uint4 load_piece(const StepParams& p, const Here& me,
                 half[i].x = __float_as_uint(at[0]);
                 half[i].y = k + 1 < p.top_k ? __float_as_uint(at[1]) : 0;
             } else if (word < p.hidden_pad / 2 && !(i == 1 && piece.tail)) {
-                half[i] = load_4_as_bf16(me.hidden, row + 2 * word, p.hidden - 2 * word, p.hidden_dtype, vectors);
+                half[i] = kWhole ? *reinterpret_cast<const uint2*>(static_cast<const uint32_t*>(me.hidden) + row / 2 + word)
+                                 : load_4_as_bf16(me.hidden, row + 2 * word, p.hidden - 2 * word, p.hidden_dtype, vectors);
             }
         }
         return make_uint4(half[0].x, half[0].y, half[1].x, half[1].y);
@@ -163,47 +162,51 @@ __device__ __forceinline__ uint64_t ranks_of(const StepParams& p, const Here& me
 }
 
 // A rank's rows to the ranks of their experts: own slots plainly, others in lines. mover of movers warps.
-template <bool kPeers, bool kFused>
+template <bool kPeers, bool kFused, bool kWhole>
 __device__ __forceinline__ HomeTokens send_rows(const StepParams& p, const Here& me, int mover, int movers) {
+    constexpr int kAtOnce = kWhole ? kPiecesInFlight : 1;
     const int lane = threadIdx.x % 32;
     const Divider by = RowPiece<kPeers>::by(me);
     const int pieces = by.divisor;
-    const bool vectors = rows_are_vectors(me.hidden, p.hidden, p.hidden_dtype);
     const bool caller = kFused && p.routing_input == kTopK;
     const int32_t* ids = caller ? me.topk_ids : me.home_ids;
     const float* weights = caller ? me.topk_weights : me.home_weights;
-    uint4 words[kPiecesInFlight];
-    int id[kPiecesInFlight];
-    auto load = [&](int i, int unit) {
-        const int token = by.quotient(unit);
-        const RowPiece<kPeers> piece(p, me, unit - token * pieces);
-        id[i] = lane < p.top_k ? ids[static_cast<int64_t>(token) * p.top_k + lane] : -1;
-        words[i] = piece.inside ? load_piece<kPeers>(p, me, weights, token, piece, vectors) : make_uint4(0, 0, 0, 0);
-    };
-
-    // The first rows do not wait for T
-    const int eager = min(kEagerTokens, p.max_tokens) * pieces;
+    const Symmetric mine = me.own(p);
+    HomeTokens home;
+    // The first rows do not wait for T: those past it are there, and are not used
+    int units = min(p.max_tokens, kEagerTokens) * pieces;
+    bool first = true;
+    int next = mover;
+#pragma unroll 1
+    while (first || next < units) {
+        uint4 words[kAtOnce];
+        int id[kAtOnce];
+        const int base = next;
 #pragma unroll
-    for (int i = 0; i < kPiecesInFlight; i++) {
-        if (mover + i * movers < eager) {
-            load(i, mover + i * movers);
-        }
-    }
-    const HomeTokens home = home_tokens<kFused>(p, me);
-    const int units = home.silent ? 0 : home.count * pieces;
-    trace(1);
-    for (int base = mover; base < units; base += kPiecesInFlight * movers) {
-#pragma unroll
-        for (int i = 0; i < kPiecesInFlight; i++) {
+        for (int i = 0; i < kAtOnce; i++) {
             const int unit = base + i * movers;
-            if (unit < units && (base != mover || unit >= eager)) {
-                load(i, unit);
+            if (unit < units) {
+                next = unit + movers;
+                const int token = by.quotient(unit);
+                const RowPiece<kPeers> piece(p, me, unit - token * pieces);
+                id[i] = lane < p.top_k ? ids[static_cast<int64_t>(token) * p.top_k + lane] : -1;
+                words[i] = make_uint4(0, 0, 0, 0);
+                if (piece.inside) {
+                    words[i] = load_piece<kPeers, kWhole>(p, me, weights, token, piece);
+                }
             }
         }
+        if (first) {
+            first = false;
+            home = home_tokens<kFused>(p, me);
+            units = home.silent ? 0 : home.count * pieces;
+            trace(1);
+        }
+        const int end = min(units, next);
 #pragma unroll
-        for (int i = 0; i < kPiecesInFlight; i++) {
+        for (int i = 0; i < kAtOnce; i++) {
             const int unit = base + i * movers;
-            if (unit >= units) {
+            if (unit >= end) {
                 break;
             }
             const int token = by.quotient(unit);
@@ -211,9 +214,10 @@ __device__ __forceinline__ HomeTokens send_rows(const StepParams& p, const Here&
             const uint64_t ranks = ranks_of(p, me, id[i]) & home.members;
             if (kPeers) {
                 const uint4 line = with_epoch(words[i], piece.tail, home.epoch);
+                const int64_t to = Lines::row_offset(p, me, me.rank, token) + piece.byte;
                 for (uint64_t left = ranks & ~(1ull << me.rank); left != 0; left &= left - 1) {
                     const int rank = __ffsll(static_cast<long long>(left)) - 1;
-                    store_lines(Lines(p, me, rank).row(me.rank, token) + piece.byte, line, piece.inside);
+                    store_lines(me.regions[rank] + to, line, piece.inside);
                 }
             }
             if (!piece.inside) {
@@ -223,12 +227,17 @@ __device__ __forceinline__ HomeTokens send_rows(const StepParams& p, const Here&
                 store_piece<kPeers>(p, me.home_rows + static_cast<int64_t>(token) * p.hidden_pad, piece, words[i]);
             }
             if (is_member(ranks, me.rank)) {
-                const Symmetric mine = me.own(p);
                 store_piece<kPeers>(p, mine.recv_row(mine.slot(me.rank, token)), piece, words[i]);
             }
         }
     }
     return home;
+}
+
+template <bool kPeers, bool kFused>
+__device__ __forceinline__ HomeTokens send_rows(const StepParams& p, const Here& me, int mover, int movers) {
+    return rows_are_whole(p, me) ? send_rows<kPeers, kFused, true>(p, me, mover, movers)
+                                 : send_rows<kPeers, kFused, false>(p, me, mover, movers);
 }
 
 // A piece that has come: columns to the slot's row, weights to its header.
