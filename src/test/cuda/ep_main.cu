@@ -945,7 +945,9 @@ void time_pairs(int gpus, bool sweep) {
             for (int ctas : {2, 3, 5, 9, 17, 33, 66, 99, 132}) {
                 if (!sweep || R == 1) break;
                 c.dispatch_ctas = ctas;
+                large.dispatch_ctas = ctas;
                 std::printf(" %d:%.2f", ctas, time_config(c, k.T, kFused));
+                if (k.T == 1) std::printf("/%.2f", time_config(large, k.T, kFused));
             }
             std::printf("\n");
             std::fflush(stdout);
@@ -957,10 +959,11 @@ void time_pairs(int gpus, bool sweep) {
 #ifdef MOE_TRACE
 // Cycles after the wait for the kernel before, of the last pair of a graph of 16: of each warp of the first CTA,
 // and the median and the latest of the other CTAs' warps.
-void trace_dispatch(int gpus) {
+void trace_dispatch(int gpus, int ctas) {
     for (const Case& k : {Case{7168, 256, 1}, Case{7168, 256, 8}, Case{7168, 256, 128}}) {
         Config c = config_of(k, gpus);
         c.direct = true, c.pairs = 16, c.variants = 1;
+        c.dispatch_ctas = ctas;
         Group group(c);
         for (int g = 0; g < c.G; g++) {
             use(g);
@@ -1057,7 +1060,7 @@ int main(int argc, char** argv) {
     else if (mode == "pairs") time_pairs(gpus, false);
     else if (mode == "pairs-sweep") time_pairs(gpus, true);
 #ifdef MOE_TRACE
-    else if (mode == "trace") trace_dispatch(gpus);
+    else if (mode == "trace") trace_dispatch(gpus, argc > 2 ? std::atoi(argv[2]) : 0);
 #endif
     else if (mode == "sizes") time_all(gpus, false, true);
     std::printf("%s: %ld checks, %d failed\n", g_failed ? "FAILED" : "ok", g_checked.load(), g_failed.load());

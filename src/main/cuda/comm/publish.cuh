@@ -15,7 +15,7 @@ enum TotalWord {
 
 __device__ __forceinline__ void add_total(const LocalRank& me, TotalWord word, uint64_t count) {
     if (count != 0) {
-        atomicAdd(reinterpret_cast<unsigned long long*>(me.totals + word), count);
+        atomicAdd(reinterpret_cast<unsigned long long*>(ptx::global(me.totals + word)), count);
     }
 }
 

@@ -39,8 +39,18 @@ constexpr int kListBits = 2048;      // words: (expert, 32 slots)
 constexpr int kCachedEntries = 4096;
 constexpr int kCachedLines = 128;    // of ids, of all sources
 constexpr int kLocalExperts = 1024;  // most experts of a rank
-constexpr int kPiecesInFlight = 4;   // of a warp
-constexpr int kUnpackedAtOnce = 4;
+#ifndef MOE_IN_FLIGHT
+#define MOE_IN_FLIGHT 2
+#endif
+#ifndef MOE_UNPACKED
+#define MOE_UNPACKED 2
+#endif
+#ifndef MOE_FIRST_ROUND
+#define MOE_FIRST_ROUND 0
+#endif
+constexpr int kPiecesInFlight = MOE_IN_FLIGHT;   // of a warp
+constexpr int kUnpackedAtOnce = MOE_UNPACKED;
+constexpr int kFirstRound = MOE_FIRST_ROUND;
 constexpr int kEagerTokens = 128;    // whose rows are read before T is known
 
 // What a dispatch kernel takes its tokens from: the caller's ids if it sanitises, else route's.
@@ -63,117 +73,51 @@ __device__ __forceinline__ HomeTokens home_tokens(const StepParams& p, const Her
     home.sanitise = kFused && p.routing_input == kTopK;
     home.ids = home.sanitise ? me.topk_ids : me.home_ids;
     home.weights = home.sanitise ? me.topk_weights : me.home_weights;
-    home.asked = home.sanitise ? *me.token_count : *me.home_tokens;
-    home.epoch = home.sanitise ? me.epoch[kLastStep] + 1 : me.epoch[kThisStep];
-    home.members = *me.members;
-    home.silent = me.arrivals[kFaultClaimed] != 0;
+    const int32_t* asked = ptx::global(home.sanitise ? me.token_count : me.home_tokens);
+    const uint64_t* epoch = ptx::global(me.epoch + (home.sanitise ? kLastStep : kThisStep));
+    const uint64_t* members = ptx::global(me.members);
+    const uint32_t* fault = ptx::global(me.arrivals + kFaultClaimed);
+    home.asked = *asked;
+    home.epoch = *epoch + (home.sanitise ? 1 : 0);
+    home.members = *members;
+    home.silent = *fault != 0;
     home.count = clamp_tokens(home.asked, p.max_tokens);
     return home;
 }
 
 // ------------------------------------------------------------------------------------- rows
 
-// A piece of a row: with peers four lines, which hold the weights before the columns; without 512 bytes.
-template <bool kPeers>
-struct RowPiece {
-    int word;  // of the row's columns, two each; negative: a weight
-    int byte;  // in the slot's lines
-    bool tail;
-    bool inside;
-
-    __device__ __forceinline__ RowPiece(const StepParams& p, const Here& me, int piece) {
-        if (kPeers) {
-            const LanePart part(piece);
-            word = part.word - header_words(p.top_k);
-            byte = part.byte;
-            tail = part.tail;
-            // why by lines: the last line's epoch goes out although no column is left for its lane
-            inside = byte < me.row_lines * kLineBytes;
-        } else {
-            word = (piece * 32 + static_cast<int>(threadIdx.x % 32)) * 4;
-            byte = 0;
-            tail = false;
-            inside = word < p.hidden_pad / 2;
-        }
-    }
-    __device__ __forceinline__ static const Divider& by(const Here& me) {
-        return kPeers ? me.by_row_pieces : me.by_plain_pieces;
-    }
-};
-
-// Whether rows can be taken as they are: bf16, in vectors, without pad columns.
-__device__ __forceinline__ bool rows_are_whole(const StepParams& p, const Here& me) {
-    return p.hidden_dtype == kBF16 && p.hidden == p.hidden_pad && rows_are_vectors(me.hidden, p.hidden, kBF16);
-}
-
-template <bool kPeers, bool kWhole>
-__device__ __forceinline__ uint4 load_piece(const StepParams& p, const Here& me, const float* weights,
-                                            int token, const RowPiece<kPeers>& piece) {
-    const int64_t row = static_cast<int64_t>(token) * p.hidden;
-    const bool vectors = kWhole || rows_are_vectors(me.hidden, p.hidden, p.hidden_dtype);
-    if constexpr (!kPeers) {
-        const int64_t at = row + 2 * piece.word;
-        return kWhole ? *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(me.hidden) + at)
-                      : load_8_as_bf16(me.hidden, at, p.hidden - 2 * piece.word, p.hidden_dtype, vectors);
-    } else {
-        uint2 half[2];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int word = piece.word + 2 * i;
-            half[i] = make_uint2(0, 0);
-            if (word < 0) {
-                const int k = word + header_words(p.top_k);
-                const float* at = weights + static_cast<int64_t>(token) * p.top_k + k;
-                half[i].x = __float_as_uint(at[0]);
-                half[i].y = k + 1 < p.top_k ? __float_as_uint(at[1]) : 0;
-            } else if (word < p.hidden_pad / 2 && !(i == 1 && piece.tail)) {
-                half[i] = kWhole ? *reinterpret_cast<const uint2*>(static_cast<const uint32_t*>(me.hidden) + row / 2 + word)
-                                 : load_4_as_bf16(me.hidden, row + 2 * word, p.hidden - 2 * word, p.hidden_dtype, vectors);
-            }
-        }
-        return make_uint4(half[0].x, half[0].y, half[1].x, half[1].y);
-    }
-}
-
-template <bool kPeers>
-__device__ __forceinline__ void store_piece(const StepParams& p, __nv_bfloat16* row,
-                                            const RowPiece<kPeers>& piece, uint4 words) {
-    uint32_t* to = reinterpret_cast<uint32_t*>(row) + piece.word;
-    if (!kPeers) {
-        *reinterpret_cast<uint4*>(to) = words;
-        return;
-    }
-    if (piece.word >= 0 && piece.word < p.hidden_pad / 2) {
-        *reinterpret_cast<uint2*>(to) = make_uint2(words.x, words.y);
-    }
-    if (!piece.tail && piece.word + 2 >= 0 && piece.word + 2 < p.hidden_pad / 2) {
-        *reinterpret_cast<uint2*>(to + 2) = make_uint2(words.z, words.w);
-    }
-}
-
 // The ranks that have an expert of a token; lane k holds its k-th id. The same in all lanes.
-__device__ __forceinline__ uint64_t ranks_of(const StepParams& p, const Here& me, int id) {
+__device__ __forceinline__ uint64_t ranks_of(const StepParams& p, const Divider& by_experts, int id) {
     const bool in_range = static_cast<uint32_t>(id) < static_cast<uint32_t>(p.experts);
-    const int rank = in_range ? me.by_experts.quotient(id) : 0;
+    const int rank = in_range ? by_experts.quotient(id) : 0;
     const uint32_t low = __reduce_or_sync(0xffffffffu, in_range && rank < 32 ? 1u << rank : 0);
     const uint32_t high =
         p.num_ranks <= 32 ? 0 : __reduce_or_sync(0xffffffffu, in_range && rank >= 32 ? 1u << (rank - 32) : 0);
     return static_cast<uint64_t>(high) << 32 | low;
 }
 
-// A rank's rows to the ranks of their experts: own slots plainly, others in lines. mover of movers warps.
-template <bool kPeers, bool kFused, bool kWhole>
-__device__ __forceinline__ HomeTokens send_rows(const StepParams& p, const Here& me, int mover, int movers) {
-    constexpr int kAtOnce = kWhole ? kPiecesInFlight : 1;
+// Whether rows can be taken as they are: bf16, in vectors, without pad columns.
+__device__ __forceinline__ bool rows_are_whole(const StepParams& p, const Here& me) {
+    return p.hidden_dtype == kBF16 && p.hidden == p.hidden_pad && rows_are_vectors(me.hidden, p.hidden, kBF16);
+}
+
+// One rank: rows to their slots, 512 bytes a warp and unit. The first are loaded before T is known.
+template <bool kWhole>
+__device__ __forceinline__ void keep_rows(const StepParams& p, const Here& me, int mover, int movers) {
+    constexpr int kAtOnce = kWhole ? 4 : 1;
     const int lane = threadIdx.x % 32;
-    const Divider by = RowPiece<kPeers>::by(me);
+    const Divider by = me.by_plain_pieces;
+    const Divider by_experts = me.by_experts;
     const int pieces = by.divisor;
-    const bool caller = kFused && p.routing_input == kTopK;
-    const int32_t* ids = caller ? me.topk_ids : me.home_ids;
-    const float* weights = caller ? me.topk_weights : me.home_weights;
-    const Symmetric mine = me.own(p);
+    const bool caller = p.routing_input == kTopK;
+    const int32_t* ids = ptx::global(caller ? me.topk_ids : me.home_ids);
+    const uint16_t* hidden = ptx::global(static_cast<const uint16_t*>(me.hidden));
+    __nv_bfloat16* slots = ptx::global(me.own(p).recv_row(0));
+    __nv_bfloat16* home_rows = me.home_rows;
+    const int rank = me.rank;
+    ptx::wait_for_previous_grid();
     HomeTokens home;
-    // The first rows do not wait for T: those past it are there, and are not used
     int units = min(p.max_tokens, kEagerTokens) * pieces;
     bool first = true;
     int next = mover;
@@ -188,12 +132,175 @@ __device__ __forceinline__ HomeTokens send_rows(const StepParams& p, const Here&
             if (unit < units) {
                 next = unit + movers;
                 const int token = by.quotient(unit);
-                const RowPiece<kPeers> piece(p, me, unit - token * pieces);
+                const int column = ((unit - token * pieces) * 32 + lane) * 8;
                 id[i] = lane < p.top_k ? ids[static_cast<int64_t>(token) * p.top_k + lane] : -1;
-                words[i] = make_uint4(0, 0, 0, 0);
-                if (piece.inside) {
-                    words[i] = load_piece<kPeers, kWhole>(p, me, weights, token, piece);
+                if (column < p.hidden_pad) {
+                    const int64_t at = static_cast<int64_t>(token) * p.hidden + column;
+                    words[i] = kWhole ? *reinterpret_cast<const uint4*>(hidden + at)
+                                      : load_8_as_bf16(me.hidden, at, p.hidden - column, p.hidden_dtype,
+                                                       rows_are_vectors(me.hidden, p.hidden, p.hidden_dtype));
                 }
+            }
+        }
+        if (first) {
+            first = false;
+            home = home_tokens<true>(p, me);
+            units = home.silent ? 0 : home.count * pieces;
+        }
+        const int end = min(units, next);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) {
+            const int unit = base + i * movers;
+            if (unit >= end) {
+                break;
+            }
+            const int token = by.quotient(unit);
+            const int column = ((unit - token * pieces) * 32 + lane) * 8;
+            const uint64_t ranks = ranks_of(p, by_experts, id[i]) & home.members;
+            if (column < p.hidden_pad) {
+                const int64_t at = static_cast<int64_t>(token) * p.hidden_pad + column;
+                if (home_rows != nullptr) {
+                    *reinterpret_cast<uint4*>(ptx::global(home_rows) + at) = words[i];
+                }
+                if (is_member(ranks, rank)) {
+                    *reinterpret_cast<uint4*>(slots + static_cast<int64_t>(rank) * p.max_tokens * p.hidden_pad + at) = words[i];
+                }
+            }
+        }
+    }
+}
+
+// A lane's part of the pieces of a row in lines: K weights, then columns. Words are of two columns.
+struct RowLane {
+    int word;    // of piece 0, without the header: a piece further on 120 more; negative: a weight
+    int byte;    // in the slot's lines: a piece further on 512 more
+    bool tail;
+    int header;  // words
+    int words;   // of the columns of a row
+    int bytes;   // of the lines of a row
+
+    __device__ __forceinline__ RowLane(const StepParams& p, const Here& me) {
+        const LanePart part(0);
+        header = header_words(p.top_k);
+        word = part.word - header;
+        byte = part.byte;
+        tail = part.tail;
+        words = p.hidden_pad / 2;
+        bytes = me.row_lines * kLineBytes;
+    }
+    // why by lines: the last line's epoch goes out although no column is left for its lane
+    __device__ __forceinline__ bool inside(int piece) const { return byte + piece * kWarpLines * kLineBytes < bytes; }
+    __device__ __forceinline__ int word_of(int piece) const { return word + piece * kWarpLines * kLineWords; }
+    __device__ __forceinline__ int byte_of(int piece) const { return byte + piece * kWarpLines * kLineBytes; }
+
+    __device__ __forceinline__ void store(__nv_bfloat16* row, int piece, uint4 v) const {
+        const int w = word_of(piece);
+        uint32_t* to = reinterpret_cast<uint32_t*>(ptx::global(row)) + w;
+        if (w >= 0 && w < words) {
+            *reinterpret_cast<uint2*>(to) = make_uint2(v.x, v.y);
+        }
+        if (!tail && w + 2 >= 0 && w + 2 < words) {
+            *reinterpret_cast<uint2*>(to + 2) = make_uint2(v.z, v.w);
+        }
+    }
+};
+
+// What only the home rank needs to know of a token; lane k holds its k-th id and weight.
+__device__ __forceinline__ void keep_home(const StepParams& p, const Here& me, const HomeTokens& home, int token,
+                                          int id, float weight, uint64_t ranks) {
+    const int lane = threadIdx.x % 32;
+    const bool active = lane < p.top_k;
+    const int64_t at = static_cast<int64_t>(token) * p.top_k + lane;
+    float* own_weights = ptx::global(me.own(p).recv_weights(me.own(p).slot(me.rank, 0)));
+    int32_t* home_ids = ptx::global(me.home_ids);
+    float* home_weights = ptx::global(me.home_weights);
+    uint64_t* home_mask = ptx::global(me.home_mask);
+    if (active) {
+        own_weights[at] = weight;
+    }
+    if (!home.sanitise) {
+        return;
+    }
+    const bool in_range = static_cast<uint32_t>(id) < static_cast<uint32_t>(p.experts);
+    if (active) {
+        home_ids[at] = in_range ? id : -1;
+        home_weights[at] = weight;
+    }
+    if (lane == 0) {
+        home_mask[token] = ranks & home.members;
+    }
+    const uint32_t same = __match_any_sync(0xffffffffu, id);
+    const uint32_t repeats = __ballot_sync(0xffffffffu, in_range && (same & ((1u << lane) - 1)) != 0);
+    const uint32_t drops = __ballot_sync(0xffffffffu, active && !in_range && id != -1);
+    if (lane == 0) {
+        add_total(me, kTotalDropped, __popc(drops));
+        add_total(me, kTotalDuplicates, __popc(repeats));
+        add_total(me, kTotalLostRows, __popcll(ranks & ~home.members));
+    }
+}
+
+// Several ranks: rows to the ranks of their experts, own slots plainly, others in lines. mover of movers warps.
+template <bool kFused, bool kWhole>
+__device__ __forceinline__ HomeTokens send_rows(const StepParams& p, const Here& me, int mover, int movers) {
+    constexpr int kAtOnce = kWhole ? kPiecesInFlight : 1;
+    const int lane = threadIdx.x % 32;
+    // why copies: behind a store the compiler has to read shared memory again
+    const Divider by = me.by_row_pieces;
+    const Divider by_experts = me.by_experts;
+    const int pieces = by.divisor;
+    const int top_k = p.top_k;
+    const int my_rank = me.rank;
+    const RowLane part(p, me);
+    const bool caller = kFused && p.routing_input == kTopK;
+    const int32_t* ids = ptx::global(caller ? me.topk_ids : me.home_ids);
+    const float* weights = ptx::global(caller ? me.topk_weights : me.home_weights);
+    const uint32_t* hidden = ptx::global(static_cast<const uint32_t*>(me.hidden));
+    __nv_bfloat16* home_rows = me.home_rows;
+    __nv_bfloat16* own_rows = me.own(p).recv_row(me.own(p).slot(my_rank, 0));
+    const int64_t my_lines = Lines::row_offset(p, me, my_rank, 0);
+    ptx::wait_for_previous_grid();
+    trace(0);
+    HomeTokens home;
+    // The first rows do not wait for T: those past it are there, and are not used
+    int units = min(p.max_tokens, kEagerTokens) * pieces;
+    bool first = true;
+    int next = mover;
+#pragma unroll 1
+    while (first || next < units) {
+        uint4 words[kAtOnce];
+        int id[kAtOnce];
+        float weight[kAtOnce];
+        const int base = next;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) {
+            const int unit = base + i * movers;
+            if (unit < units) {
+                next = unit + movers;
+                const int token = by.quotient(unit);
+                const int piece = unit - token * pieces;
+                const int64_t entry = static_cast<int64_t>(token) * top_k;
+                id[i] = lane < top_k ? ids[entry + lane] : -1;
+                weight[i] = piece == 0 && lane < top_k ? weights[entry + lane] : 0.0f;
+                uint2 half[2];
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    const int word = part.word_of(piece) + 2 * j;
+                    half[j] = make_uint2(0, 0);
+                    if (word < 0) {
+                        const int k = word + part.header;
+                        half[j].x = __float_as_uint(weights[entry + k]);
+                        half[j].y = k + 1 < top_k ? __float_as_uint(weights[entry + k + 1]) : 0;
+                    } else if (word < part.words && !(j == 1 && part.tail)) {
+                        if (kWhole) {
+                            half[j] = *reinterpret_cast<const uint2*>(hidden + static_cast<int64_t>(token) * part.words + word);
+                        } else {
+                            half[j] = load_4_as_bf16(me.hidden, static_cast<int64_t>(token) * p.hidden + 2 * word,
+                                                     p.hidden - 2 * word, p.hidden_dtype,
+                                                     rows_are_vectors(me.hidden, p.hidden, p.hidden_dtype));
+                        }
+                    }
+                }
+                words[i] = make_uint4(half[0].x, half[0].y, half[1].x, half[1].y);
             }
         }
         if (first) {
@@ -210,50 +317,30 @@ __device__ __forceinline__ HomeTokens send_rows(const StepParams& p, const Here&
                 break;
             }
             const int token = by.quotient(unit);
-            const RowPiece<kPeers> piece(p, me, unit - token * pieces);
-            const uint64_t ranks = ranks_of(p, me, id[i]) & home.members;
-            if (kPeers) {
-                const uint4 line = with_epoch(words[i], piece.tail, home.epoch);
-                const int64_t to = Lines::row_offset(p, me, me.rank, token) + piece.byte;
-                for (uint64_t left = ranks & ~(1ull << me.rank); left != 0; left &= left - 1) {
-                    const int rank = __ffsll(static_cast<long long>(left)) - 1;
-                    store_lines(me.regions[rank] + to, line, piece.inside);
+            const int piece = unit - token * pieces;
+            const bool inside = part.inside(piece);
+            const uint64_t named = ranks_of(p, by_experts, id[i]);
+            const uint64_t ranks = named & home.members;
+            const uint4 line = with_epoch(words[i], part.tail, home.epoch);
+            const int64_t to = my_lines + static_cast<int64_t>(token) * part.bytes + part.byte_of(piece);
+            for (int r = 1; r < p.num_ranks; r++) {
+                const int rank = my_rank + r < p.num_ranks ? my_rank + r : my_rank + r - p.num_ranks;
+                if (is_member(ranks, rank)) {
+                    store_lines(me.regions[rank] + to, line, inside);
                 }
             }
-            if (!piece.inside) {
-                continue;
+            if (is_member(ranks, my_rank)) {
+                part.store(own_rows + static_cast<int64_t>(token) * p.hidden_pad, piece, words[i]);
             }
-            if (me.home_rows != nullptr) {
-                store_piece<kPeers>(p, me.home_rows + static_cast<int64_t>(token) * p.hidden_pad, piece, words[i]);
+            if (home_rows != nullptr) {
+                part.store(home_rows + static_cast<int64_t>(token) * p.hidden_pad, piece, words[i]);
             }
-            if (is_member(ranks, me.rank)) {
-                store_piece<kPeers>(p, mine.recv_row(mine.slot(me.rank, token)), piece, words[i]);
+            if (piece == 0) {
+                keep_home(p, me, home, token, id[i], weight[i], named);
             }
         }
     }
     return home;
-}
-
-template <bool kPeers, bool kFused>
-__device__ __forceinline__ HomeTokens send_rows(const StepParams& p, const Here& me, int mover, int movers) {
-    return rows_are_whole(p, me) ? send_rows<kPeers, kFused, true>(p, me, mover, movers)
-                                 : send_rows<kPeers, kFused, false>(p, me, mover, movers);
-}
-
-// A piece that has come: columns to the slot's row, weights to its header.
-__device__ __forceinline__ void keep_piece(const StepParams& p, const Symmetric& mine, int64_t slot,
-                                           const RowPiece<true>& piece, uint4 words) {
-    store_piece<true>(p, mine.recv_row(slot), piece, words);
-    if (piece.word < 0) {
-        const uint32_t weights[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const int k = piece.word + j + header_words(p.top_k);
-            if (k < p.top_k && !(piece.tail && j >= 2)) {
-                mine.recv_weights(slot)[k] = __uint_as_float(weights[j]);
-            }
-        }
-    }
 }
 
 // What has come from the peers, to the slots of this rank. A warp looks at the ids of a token and at a
@@ -262,38 +349,50 @@ __device__ __forceinline__ void unpack_rows(const StepParams& p, const Here& me,
                                             int mover, int movers) {
     const int lane = threadIdx.x % 32;
     const Divider by = me.by_row_pieces;
+    const Divider by_line = me.by_ids_per_line;
     const int pieces = by.divisor;
+    const int my_rank = me.rank;
+    const int top_k = p.top_k;
     const int peers = p.num_ranks - 1;
     if (peers == 0) {
         return;  // a layer of a group runs once over its own rank alone, when it opens
     }
     const int each = me.ids_per_line;
+    const int64_t source_bytes = me.source_bytes;
+    const RowLane part(p, me);
     const Symmetric mine = me.own(p);
-    const Lines lines(p, me, me.rank);
-    const uint32_t first_expert = me.rank * p.experts_per_rank;
+    const uint8_t* ids_lines = me.regions[my_rank] + p.off_dispatch_lines + lane * 4;
+    const uint8_t* row_lines = me.regions[my_rank] + Lines::row_offset(p, me, 0, 0) + part.byte;
+    __nv_bfloat16* rows = mine.recv_row(0);
+    float* weights = ptx::global(mine.recv_weights(0));
+    const uint32_t first_expert = my_rank * p.experts_per_rank;
     const uint32_t local_experts = me.local_experts;
     // Units (token, piece) one after another, each for all peers
     const int per_peer = p.max_tokens * pieces;
     int unit_next = mover;
     int peer_next = 0;
     int idle = 0;
+#pragma unroll 1
     while (unit_next < per_peer) {
         const uint8_t* ids_at[kUnpackedAtOnce];
+        const uint8_t* row_at[kUnpackedAtOnce];
         uint32_t ids[kUnpackedAtOnce];  // a word of the line in each lane
         uint4 words[kUnpackedAtOnce];
         int source[kUnpackedAtOnce];
         int token[kUnpackedAtOnce];
-        int piece_of[kUnpackedAtOnce];
+        int piece[kUnpackedAtOnce];
         int from[kUnpackedAtOnce];  // the token's first entry in its line
         uint32_t pending = 0;
 #pragma unroll
         for (int i = 0; i < kUnpackedAtOnce; i++) {
-            source[i] = peer_next < me.rank ? peer_next : peer_next + 1;
+            source[i] = peer_next < my_rank ? peer_next : peer_next + 1;
             token[i] = by.quotient(unit_next);
-            piece_of[i] = unit_next - token[i] * pieces;
-            const int line = me.by_ids_per_line.quotient(token[i]);
-            from[i] = (token[i] - line * each) * p.top_k;
-            ids_at[i] = lines.ids(source[i], line) + lane * 4;
+            piece[i] = unit_next - token[i] * pieces;
+            const int line = by_line.quotient(token[i]);
+            from[i] = (token[i] - line * each) * top_k;
+            ids_at[i] = ids_lines + source[i] * source_bytes + line * kLineBytes;
+            row_at[i] = row_lines + source[i] * source_bytes + static_cast<int64_t>(token[i]) * part.bytes +
+                        piece[i] * (kWarpLines * kLineBytes);
             pending |= unit_next < per_peer && is_member(home.members, source[i]) ? 1u << i : 0;
             peer_next++;
             if (peer_next == peers) {
@@ -303,14 +402,14 @@ __device__ __forceinline__ void unpack_rows(const StepParams& p, const Here& me,
         }
         bool live = false;
         LineWait wait(p, me, kOpDispatchRecv, home.epoch);
+#pragma unroll 1
         while (pending != 0) {
 #pragma unroll
             for (int i = 0; i < kUnpackedAtOnce; i++) {
                 if (pending >> i & 1) {
-                    const RowPiece<true> piece(p, me, piece_of[i]);
                     __syncwarp();
                     ids[i] = ptx::load_line_word_sys(ids_at[i]);
-                    load_lines(words[i], lines.row(source[i], token[i]) + piece.byte, piece.inside);
+                    load_lines(words[i], row_at[i], part.inside(piece[i]));
                 }
             }
             bool late = false;
@@ -321,15 +420,25 @@ __device__ __forceinline__ void unpack_rows(const StepParams& p, const Here& me,
                 if (!(pending >> i & 1)) {
                     continue;
                 }
-                const RowPiece<true> piece(p, me, piece_of[i]);
-                bool missing = piece.tail && piece.inside && epoch_in(words[i]) != home.epoch;
                 uint64_t seen = epoch_in(words[i]);
+                bool missing = part.tail && part.inside(piece[i]) && seen != home.epoch;
                 if (!__any_sync(0xffffffffu, missing)) {
                     // why without a look at the ids: a row of this step was sent in this step
                     pending &= ~(1u << i);
                     live = true;
-                    if (piece.inside) {
-                        keep_piece(p, mine, mine.slot(source[i], token[i]), piece, words[i]);
+                    const int64_t slot = mine.slot(source[i], token[i]);
+                    if (part.inside(piece[i])) {
+                        part.store(rows + slot * p.hidden_pad, piece[i], words[i]);
+                    }
+                    if (piece[i] == 0 && part.word < 0) {
+                        const uint32_t header[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
+#pragma unroll
+                        for (int j = 0; j < 4; j++) {
+                            const int k = part.word + part.header + j;
+                            if (k < top_k && !(part.tail && j >= 2)) {
+                                weights[slot * top_k + k] = __uint_as_float(header[j]);
+                            }
+                        }
                     }
                     continue;
                 }
@@ -340,8 +449,8 @@ __device__ __forceinline__ void unpack_rows(const StepParams& p, const Here& me,
                     const int h = 2 * (lane - 1) - from[i];  // of the token's entries
                     const bool named =
                         lane >= 1 && lane < kLineWords &&
-                        ((h >= 0 && h < p.top_k && (ids[i] & 0xffff) - first_expert < local_experts) ||
-                         (h + 1 >= 0 && h + 1 < p.top_k && (ids[i] >> 16) - first_expert < local_experts));
+                        ((h >= 0 && h < top_k && (ids[i] & 0xffff) - first_expert < local_experts) ||
+                         (h + 1 >= 0 && h + 1 < top_k && (ids[i] >> 16) - first_expert < local_experts));
                     live |= token[i] < tokens;
                     if (token[i] >= tokens || !__any_sync(0xffffffffu, named)) {
                         pending &= ~(1u << i);
@@ -677,6 +786,7 @@ __device__ __forceinline__ void count_received(const StepParams& p, const Here& 
 __device__ __forceinline__ void index_local(const StepParams& p, const Here& me, IndexShared& shared, int part,
                                             int parts) {
     const int warp = threadIdx.x / 32;
+    ptx::wait_for_previous_grid();
     const HomeTokens home = home_tokens<true>(p, me);
     if (part == 0 && threadIdx.x == 0) {
         note_step(p, me, home);
@@ -733,7 +843,7 @@ __device__ __forceinline__ void index_local(const StepParams& p, const Here& me,
 // ------------------------------------------------------------------------- lists, ids in lines
 
 struct LinesShared {
-    uint4 lines[kCachedLines * kLanesPerLine];
+    uint32_t words[kCachedLines * 32];  // lines of all sources
     uint32_t bits[kListBits];   // [32 slots][expert]
     uint16_t before[kListBits]; // rows of the expert before those of a word
     int32_t offsets[kFusedThreads];
@@ -751,98 +861,165 @@ struct ListPlan {
         words = (p.num_ranks * p.max_tokens + 31) / 32;
         at_once = p.experts_per_rank <= kFusedThreads && p.experts_per_rank * words <= kListBits &&
                   p.num_ranks * id_line_count <= kCachedLines;
-        batch = at_once ? p.experts_per_rank : min(kFusedThreads, kListBits / words);
+        batch = p.experts_per_rank;
+        if (!at_once) {
+            batch = min(kFusedThreads, kListBits / words);
+        }
     }
 };
 
-// The part of a line of this rank's ids that this lane sends, but for T and the epoch.
-__device__ __forceinline__ uint4 own_ids(const StepParams& p, const Here& me, const int32_t* ids, int line) {
-    const int part = threadIdx.x % kLanesPerLine;
-    const int in_line = me.ids_per_line * p.top_k;
-    const int64_t first = static_cast<int64_t>(line) * in_line;
-    const int left = min(in_line, p.max_tokens * p.top_k - static_cast<int>(first));
-    const int h = 8 * part - 2;
-    uint32_t entries[8];
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-        const int id = h + j >= 0 && h + j < left ? ids[first + h + j] : -1;
-        entries[j] = static_cast<uint32_t>(id) < static_cast<uint32_t>(p.experts) ? id : kNoEntry;
-    }
-    return make_uint4(entries[0] | entries[1] << 16, entries[2] | entries[3] << 16, entries[4] | entries[5] << 16,
-                      entries[6] | entries[7] << 16);
-}
+// A warp's view of lines of ids, a word a lane: two entries, of the same places in every line.
+struct IdLane {
+    int lane;
+    int in_line;     // entries of a line
+    int each;        // tokens of a line
+    int line_count;
+    int top_k;
+    int max_tokens;
+    int h;           // of the first entry, the other behind it
+    bool has[2];
+    int token[2];    // in the line
+    uint32_t first_expert;
+    uint32_t local_experts;
+    int32_t* recv_ids;
 
-// The entries that a lane holds of a line of ids, of those whose token is below T: use(h, token, local) with
-// the expert's number here, or none (false).
-template <class Use>
-__device__ __forceinline__ void entries_of(const StepParams& p, const Here& me, uint4 v, int line, int tokens,
-                                           Use use) {
-    const int part = threadIdx.x % kLanesPerLine;
-    const int first_token = line * me.ids_per_line;
-    const int end = min(me.ids_per_line, tokens - first_token) * p.top_k;
-    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+    __device__ __forceinline__ IdLane(const StepParams& p, const Here& me) {
+        lane = threadIdx.x % 32;
+        top_k = p.top_k;
+        max_tokens = p.max_tokens;
+        each = me.ids_per_line;
+        in_line = each * top_k;
+        line_count = me.id_line_count;
+        h = 2 * (lane - 1);
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-        const int h = 8 * part - 2 + j;
-        if (h >= 0 && h < end) {
-            const uint32_t entry = j % 2 == 0 ? words[j / 2] & 0xffff : words[j / 2] >> 16;
-            // why the check: a peer's id is data, and the lists are indexed by it
-            const uint32_t local = entry - static_cast<uint32_t>(me.rank * p.experts_per_rank);
-            use(h, first_token + me.by_top_k.quotient(h), local, local < static_cast<uint32_t>(me.local_experts));
+        for (int j = 0; j < 2; j++) {
+            has[j] = lane >= 1 && h + j < in_line;
+            token[j] = me.by_top_k.quotient(max(h + j, 0));
+        }
+        first_expert = me.rank * p.experts_per_rank;
+        local_experts = me.local_experts;
+        recv_ids = ptx::global(me.own(p).recv_ids(0));
+    }
+
+    // Entries of this rank's own line.
+    __device__ __forceinline__ uint32_t own(const int32_t* ids, int line, uint32_t experts) const {
+        uint32_t entry[2];
+        const int at = line * in_line + h;
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const bool there = has[j] && at + j < max_tokens * top_k;
+            const uint32_t id = there ? static_cast<uint32_t>(ids[at + j]) : kNoEntry;
+            entry[j] = id < experts ? id : kNoEntry;
+        }
+        return entry[0] | entry[1] << 16;
+    }
+
+    // use(place, slot, local, known) for the entries of tokens below T. place: of the entry among those of all
+    // slots; local: its expert here, if known.
+    template <class Use>
+    __device__ __forceinline__ void entries(int source, int line, uint32_t word, int tokens, Use use) const {
+        const int first = source * max_tokens + line * each;
+        tokens -= line * each;
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            if (has[j] && token[j] < tokens) {
+                // why the check: a peer's id is data, and the lists are indexed by it
+                const uint32_t local = (j == 0 ? word & 0xffff : word >> 16) - first_expert;
+                use(first * top_k + h + j, first + token[j], local, local < local_experts);
+            }
         }
     }
-}
 
-// A line of a source's ids that has come: ids to their slots, a bit for each expert of this rank.
-__device__ __forceinline__ void add_line(const StepParams& p, const Here& me, LinesShared& shared,
-                                         const ListPlan& plan, int source, int line, uint4 v, int tokens) {
-    if (plan.at_once) {
-        shared.lines[(source * me.id_line_count + line) * kLanesPerLine + threadIdx.x % kLanesPerLine] = v;
-    }
-    int32_t* to = me.own(p).recv_ids(me.own(p).slot(source, line * me.ids_per_line));
-    entries_of(p, me, v, line, tokens, [&](int h, int token, uint32_t local, bool known) {
-        to[h] = known ? static_cast<int>(local) : -1;
-        if (known && plan.at_once) {
-            const int number = source * p.max_tokens + token;
-            atomicOr(shared.bits + number / 32 * plan.batch + local, 1u << number % 32);
+    // A line that has come: ids to their slots, a bit for each expert of this rank.
+    __device__ __forceinline__ void add(LinesShared& shared, const ListPlan& plan, int source, int line,
+                                        uint32_t word, int tokens) const {
+        if (plan.at_once) {
+            shared.words[(source * line_count + line) * 32 + lane] = word;
         }
-    });
-}
+        entries(source, line, word, tokens, [&](int place, int slot, uint32_t local, bool known) {
+            recv_ids[place] = known ? static_cast<int>(local) : -1;
+            if (known && plan.at_once) {
+                atomicOr(shared.bits + (slot >> 5) * plan.batch + local, 1u << (slot & 31));
+            }
+        });
+    }
+};
 
-// Four lines of a peer's ids. False: they did not come.
+// Lines of the peers' ids, of which this warp has every 16th. False: one did not come.
 __device__ __forceinline__ bool peer_lines(const StepParams& p, const Here& me, const HomeTokens& home,
-                                           LinesShared& shared, const ListPlan& plan, int source, int first_line) {
-    const int lane = threadIdx.x % 32;
-    const int line = first_line + lane / kLanesPerLine;
-    const bool inside = line < me.id_line_count;
-    const bool tail = lane % kLanesPerLine == kLanesPerLine - 1;
-    const uint8_t* from = Lines(p, me, me.rank).ids(source, line) + lane % kLanesPerLine * 16;
-    LineWait wait(p, me, kOpDispatchRecv, home.epoch);
-    uint4 v = make_uint4(0, 0, 0, 0);
+                                           LinesShared& shared, const ListPlan& plan, const IdLane& ids) {
+    constexpr int kAtOnce = 2;
+    const int my_rank = me.rank;
+    const int peers = p.num_ranks - 1;
+    const int64_t source_bytes = me.source_bytes;
+    const uint8_t* lines = me.regions[my_rank] + p.off_dispatch_lines + ids.lane * 4;
+    // Warps behind those that had own lines
+    int line_next = (static_cast<int>(threadIdx.x / 32) - ids.line_count) & (kFusedWarps - 1);
+    int peer_next = 0;
+#pragma unroll 1
     while (true) {
-        load_lines(v, from, inside);
-        const bool late = inside && tail && epoch_in(v) != home.epoch;
-        if (!__any_sync(0xffffffffu, late)) {
-            break;
+        uint32_t words[kAtOnce];
+        int source[kAtOnce];
+        int line[kAtOnce];
+        uint32_t pending = 0;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) {
+            while (line_next >= ids.line_count) {
+                line_next -= ids.line_count;
+                peer_next++;
+            }
+            source[i] = peer_next < my_rank ? peer_next : peer_next + 1;
+            line[i] = line_next;
+            pending |= peer_next < peers && is_member(home.members, source[i]) ? 1u << i : 0;
+            line_next += kFusedWarps;
         }
-        if (!wait.again(late, source, epoch_in(v))) {
-            return false;
+        LineWait wait(p, me, kOpDispatchRecv, home.epoch);
+#pragma unroll 1
+        while (pending != 0) {
+#pragma unroll
+            for (int i = 0; i < kAtOnce; i++) {
+                if (pending >> i & 1) {
+                    __syncwarp();
+                    words[i] = ptx::load_line_word_sys(lines + source[i] * source_bytes + line[i] * kLineBytes);
+                }
+            }
+            bool late = false;
+            int late_peer = 0;
+            uint64_t late_seen = 0;
+#pragma unroll
+            for (int i = 0; i < kAtOnce; i++) {
+                if (!(pending >> i & 1)) {
+                    continue;
+                }
+                const uint64_t seen = static_cast<uint64_t>(__shfl_sync(0xffffffffu, words[i], 31)) << 32 |
+                                      __shfl_sync(0xffffffffu, words[i], 30);
+                if (seen != home.epoch) {
+                    late = true;
+                    late_peer = source[i];
+                    late_seen = seen;
+                    continue;
+                }
+                trace(4);
+                pending &= ~(1u << i);
+                const int tokens = clamp_tokens(static_cast<int>(__shfl_sync(0xffffffffu, words[i], 0)), p.max_tokens);
+                if (line[i] == 0 && ids.lane == 0) {
+                    shared.tokens[source[i]] = tokens;
+                    const uint64_t waited = wait.waited_ns();
+                    uint64_t* totals = ptx::global(me.peer_totals + source[i] * kPeerWords);
+                    totals[kPeerWaited] = waited;
+                    // why an atomic: nothing waits for what it adds to
+                    atomicAdd(reinterpret_cast<unsigned long long*>(totals + kPeerWaitedTotal), waited);
+                }
+                ids.add(shared, plan, source[i], line[i], words[i], tokens);
+            }
+            if (pending != 0 && !wait.again(late, late_peer, late_seen)) {
+                return false;
+            }
+        }
+        if (peer_next >= peers) {
+            return true;
         }
     }
-    trace(4);
-    const int tokens = clamp_tokens(__shfl_sync(0xffffffffu, static_cast<int>(v.x), 0), p.max_tokens);
-    if (inside) {
-        add_line(p, me, shared, plan, source, line, v, tokens);
-    }
-    if (first_line == 0 && lane == 0) {
-        shared.tokens[source] = tokens;
-        const uint64_t waited = wait.waited_ns();
-        uint64_t* totals = me.peer_totals + source * kPeerWords;
-        totals[kPeerWaited] = waited;
-        // why an atomic: nothing waits for what it adds to
-        atomicAdd(reinterpret_cast<unsigned long long*>(totals + kPeerWaitedTotal), waited);
-    }
-    return true;
 }
 
 // Sums of a batch of experts, from their bits: rows before each word, counts, and offsets from first_row on.
@@ -850,8 +1027,11 @@ __device__ __forceinline__ bool peer_lines(const StepParams& p, const Here& me, 
 __device__ __forceinline__ void sum_bits(const Here& me, LinesShared& shared, const ListPlan& plan, int begin,
                                         int experts, int first_row) {
     const int e = threadIdx.x;
+    int32_t* counts = ptx::global(me.expert_counts + begin);
+    int32_t* offsets = ptx::global(me.expert_offsets + begin);
     int count = 0;
     if (e < experts) {
+#pragma unroll 4
         for (int w = 0; w < plan.words; w++) {
             shared.before[w * plan.batch + e] = static_cast<uint16_t>(count);
             count += __popc(shared.bits[w * plan.batch + e]);
@@ -860,22 +1040,22 @@ __device__ __forceinline__ void sum_bits(const Here& me, LinesShared& shared, co
     const int row = first_row + sum_before(shared.warp_sums, count);
     if (e < experts) {
         shared.offsets[e] = row;
-        me.expert_counts[begin + e] = count;
-        me.expert_offsets[begin + e] = row;
-    }
-    if (e == experts - 1) {
-        me.expert_offsets[begin + experts] = row + count;
+        counts[e] = count;
+        offsets[e] = row;
+        if (e == experts - 1) {
+            offsets[experts] = row + count;
+        }
     }
     __syncthreads();
 }
 
 // An entry of a slot: its row, and the slot into the row of its expert's list.
-__device__ __forceinline__ void write_entry(const Here& me, const LinesShared& shared, const ListPlan& plan,
-                                            int number, int local, int64_t at) {
-    const int word = number / 32 * plan.batch + local;
-    const int row = shared.offsets[local] + shared.before[word] + __popc(shared.bits[word] & ((1u << number % 32) - 1));
-    me.expert_rows[row] = number;
-    me.packed_row_of[at] = row;
+__device__ __forceinline__ void write_entry(int32_t* expert_rows, int32_t* packed_row_of, const LinesShared& shared,
+                                            const ListPlan& plan, int slot, int local, int64_t at) {
+    const int word = (slot >> 5) * plan.batch + local;
+    const int row = shared.offsets[local] + shared.before[word] + __popc(shared.bits[word] & ((1u << (slot & 31)) - 1));
+    expert_rows[row] = slot;
+    packed_row_of[at] = row;
 }
 
 // Lists of more experts or slots than fit at once, from ids in their slots.
@@ -906,7 +1086,9 @@ __device__ __forceinline__ void write_lists_in_batches(const StepParams& p, cons
         });
         __syncthreads();
         sum_bits(me, shared, plan, begin, experts, rows);
-        each_entry([&](int number, int local, int64_t at) { write_entry(me, shared, plan, number, local, at); });
+        each_entry([&](int slot, int local, int64_t at) {
+            write_entry(me.expert_rows, me.packed_row_of, shared, plan, slot, local, at);
+        });
         rows = me.expert_offsets[begin + experts];
         __syncthreads();
     }
@@ -924,24 +1106,114 @@ __device__ __forceinline__ void clear_lists(LinesShared& shared) {
     }
 }
 
+// Waits for the peers' lines and builds the lists of all.
+__device__ __forceinline__ void build_lists(const StepParams& p, const Here& me, const HomeTokens& home,
+                                            LinesShared& shared, const ListPlan& plan, const IdLane& lane) {
+    const int warp = threadIdx.x / 32;
+    int32_t* expert_rows = ptx::global(me.expert_rows);
+    int32_t* packed_row_of = ptx::global(me.packed_row_of);
+    int32_t* recv_tokens = ptx::global(me.own(p).recv_tokens());
+    // why twice: the code of the lists is not in the instruction cache yet, and fetching it takes longer than
+    // running it. The first round builds them from the own ids while the peers' travel; the second overwrites.
+#pragma unroll 1
+    for (int round = plan.at_once ? kFirstRound : 1; round < 2; round++) {
+        trace(3);
+        const bool arrived = round == 0 || peer_lines(p, me, home, shared, plan, lane);
+        trace(5);
+        if (!__syncthreads_and(arrived)) {
+            write_no_rows(p, me, 0, 1);
+            return;
+        }
+        trace(6);
+        if (round == 1) {
+            ptx::allow_next_grid();
+        }
+        if (threadIdx.x < p.num_ranks) {
+            recv_tokens[threadIdx.x] = shared.tokens[threadIdx.x];
+        }
+        if (!plan.at_once) {
+            write_lists_in_batches(p, me, shared, plan);
+            break;
+        }
+        sum_bits(me, shared, plan, 0, plan.batch, 0);
+        trace(7);
+        for (int source = 0; source < p.num_ranks; source++) {
+            const int tokens = shared.tokens[source];
+            for (int line = warp; line * lane.each < tokens; line += kFusedWarps) {
+                const uint32_t word = shared.words[(source * lane.line_count + line) * 32 + lane.lane];
+                lane.entries(source, line, word, tokens, [&](int place, int slot, uint32_t local, bool known) {
+                    if (known) {
+                        write_entry(expert_rows, packed_row_of, shared, plan, slot, local, place);
+                    }
+                });
+            }
+        }
+        trace(8);
+    }
+#ifndef MOE_NO_FIGURES
+    const Symmetric mine = me.own(p);
+    count_received(p, me, shared.tokens, shared.bits,
+                   [&](int source, int token, int k) { return mine.recv_ids(mine.slot(source, token))[k]; });
+#endif
+}
+
 // The ids of a rank and of its peers, by one CTA.
 template <bool kSend, bool kRecv>
 __device__ __forceinline__ void index_lines(const StepParams& p, const Here& me, LinesShared& shared) {
+    constexpr int kOwnAtOnce = 2;
     const int warp = threadIdx.x / 32;
-    const int lane = threadIdx.x % 32;
-    const int part = lane % kLanesPerLine;
-    const int quads = (me.id_line_count + kWarpLines - 1) / kWarpLines;  // of a source
     const ListPlan plan(p, me.id_line_count);
-    const int32_t* ids = kSend && kRecv && p.routing_input == kTopK ? me.topk_ids : me.home_ids;
+    const IdLane lane(p, me);
+    const int my_rank = me.rank;
+    const int32_t* ids = ptx::global(kSend && kRecv && p.routing_input == kTopK ? me.topk_ids : me.home_ids);
+    int32_t* recv_tokens = ptx::global(me.own(p).recv_tokens());
+    const int64_t my_lines = p.off_dispatch_lines + my_rank * me.source_bytes + lane.lane * 4;
+    ptx::wait_for_previous_grid();
+    trace(0);
 
-    // First what others wait for
-    const int first_own = warp * kWarpLines + lane / kLanesPerLine;
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (warp < quads) {
-        v = own_ids(p, me, ids, min(first_own, me.id_line_count - 1));
+    // Own lines: first to the peers, which wait for them
+    HomeTokens home;
+    bool first = true;
+#pragma unroll 1
+    for (int base = warp; first || base < lane.line_count; base += kOwnAtOnce * kFusedWarps) {
+        uint32_t words[kOwnAtOnce];
+#pragma unroll
+        for (int i = 0; i < kOwnAtOnce; i++) {
+            const int line = base + i * kFusedWarps;
+            words[i] = line < lane.line_count ? lane.own(ids, line, p.experts) : 0;
+        }
+        if (first) {
+            first = false;
+            home = home_tokens<kSend && kRecv>(p, me);
+            trace(1);
+            if (home.silent) {
+                break;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kOwnAtOnce; i++) {
+            const int line = base + i * kFusedWarps;
+            if (line >= lane.line_count) {
+                break;
+            }
+            words[i] = lane.lane == 0 ? static_cast<uint32_t>(home.count) : words[i];
+            words[i] = lane.lane == kLineWords ? static_cast<uint32_t>(home.epoch) : words[i];
+            words[i] = lane.lane == kLineWords + 1 ? static_cast<uint32_t>(home.epoch >> 32) : words[i];
+            if (kSend) {
+                for (int r = 1; r < p.num_ranks; r++) {
+                    const int rank = my_rank + r < p.num_ranks ? my_rank + r : my_rank + r - p.num_ranks;
+                    if (is_member(home.members, rank)) {
+                        __syncwarp();
+                        ptx::store_line_word_sys(me.regions[rank] + my_lines + line * kLineBytes, words[i]);
+                    }
+                }
+            }
+            if (kRecv) {
+                lane.add(shared, plan, my_rank, line, words[i], home.count);
+            }
+        }
     }
-    const HomeTokens home = home_tokens<kSend && kRecv>(p, me);
-    trace(1);
+    trace(2);
     if (home.silent) {
         if (threadIdx.x == 0) {
             note_step(p, me, home);
@@ -954,109 +1226,16 @@ __device__ __forceinline__ void index_lines(const StepParams& p, const Here& me,
         }
         return;
     }
-    for (int quad = warp; quad < quads; quad += kFusedWarps) {
-        const int line = quad * kWarpLines + lane / kLanesPerLine;
-        const bool inside = line < me.id_line_count;
-        if (quad != warp) {
-            v = own_ids(p, me, ids, min(line, me.id_line_count - 1));
-        }
-        v.x = part == 0 ? static_cast<uint32_t>(home.count) : v.x;
-        v = with_epoch(v, part == kLanesPerLine - 1, home.epoch);
-        if (kSend) {
-            for (uint64_t left = home.members & ~(1ull << me.rank); left != 0; left &= left - 1) {
-                const int rank = __ffsll(static_cast<long long>(left)) - 1;
-                if (rank < p.num_ranks) {
-                    store_lines(Lines(p, me, rank).ids(me.rank, line) + part * 16, v, inside);
-                }
-            }
-        }
-        if (kRecv && inside) {
-            add_line(p, me, shared, plan, me.rank, line, v, home.count);
-        }
-    }
-    trace(2);
-
-    // What only this rank needs, while lines travel; the last warps first, since they have no line
     if (threadIdx.x == kFusedThreads - 1) {
         note_step(p, me, home);
-        shared.tokens[me.rank] = home.count;
+        shared.tokens[my_rank] = home.count;
         if (kSend && !kRecv) {
-            me.own(p).recv_tokens()[me.rank] = home.count;
+            recv_tokens[my_rank] = home.count;
         }
     }
-    if (kSend) {
-        uint32_t soft[3] = {0, 0, 0};
-        const EntryLane at_lane(p, me);
-        const Symmetric own = me.own(p);
-        const int passes = (home.count + at_lane.per_pass - 1) / at_lane.per_pass;
-        for (int pass = kFusedWarps - 1 - warp; pass < passes; pass += kFusedWarps) {
-            const int token = pass * at_lane.per_pass + at_lane.of_pass;
-            const bool active = at_lane.of_pass < at_lane.per_pass && token < home.count;
-            const OwnEntry e = own_entry(p, me, home, at_lane, token, active, true, soft);
-            if (active) {
-                own.recv_weights(own.slot(me.rank, token))[at_lane.k] = e.weight;
-            }
-        }
-        if (kFusedWarps - 1 - warp < passes) {
-            add_soft(me, home, soft);
-        }
+    if constexpr (kRecv) {
+        build_lists(p, me, home, shared, plan, lane);
     }
-    if (!kRecv) {
-        return;
-    }
-    trace(3);
-
-    // Peers' lines, by the warps after those that had own ones
-    bool arrived = true;
-    int quad = (warp - quads) & (kFusedWarps - 1);
-    for (int source = 0; source < p.num_ranks; source++) {
-        if (source == me.rank) {
-            continue;
-        }
-        for (; quad < quads; quad += kFusedWarps) {
-            if (is_member(home.members, source) && arrived) {
-                arrived = peer_lines(p, me, home, shared, plan, source, quad * kWarpLines);
-            }
-        }
-        quad -= quads;
-    }
-    trace(5);
-    if (!__syncthreads_and(arrived)) {
-        write_no_rows(p, me, 0, 1);
-        return;
-    }
-    ptx::allow_next_grid();
-    trace(6);
-    if (threadIdx.x < p.num_ranks) {
-        me.own(p).recv_tokens()[threadIdx.x] = shared.tokens[threadIdx.x];
-    }
-    if (plan.at_once) {
-        sum_bits(me, shared, plan, 0, p.experts_per_rank, 0);
-        trace(7);
-        const int lines = me.id_line_count;
-        const int per_source = p.max_tokens * p.top_k;
-        for (int source = 0; source < p.num_ranks; source++) {
-            const int tokens = shared.tokens[source];
-            for (int line = threadIdx.x / kLanesPerLine; line * me.ids_per_line < tokens;
-                 line += kFusedThreads / kLanesPerLine) {
-                const int64_t first = static_cast<int64_t>(source) * per_source + line * me.ids_per_line * p.top_k;
-                entries_of(p, me, shared.lines[(source * lines + line) * kLanesPerLine + part], line, tokens,
-                           [&](int h, int token, uint32_t local, bool known) {
-                               if (known) {
-                                   write_entry(me, shared, plan, source * p.max_tokens + token, local, first + h);
-                               }
-                           });
-            }
-        }
-    } else {
-        write_lists_in_batches(p, me, shared, plan);
-    }
-    trace(8);
-#ifndef MOE_NO_FIGURES
-    const Symmetric mine = me.own(p);
-    count_received(p, me, shared.tokens, shared.bits,
-                   [&](int source, int token, int k) { return mine.recv_ids(mine.slot(source, token))[k]; });
-#endif
 }
 
 // ------------------------------------------------------------------------------------- kernels
@@ -1064,7 +1243,6 @@ __device__ __forceinline__ void index_lines(const StepParams& p, const Here& me,
 __device__ __forceinline__ void dispatch_local(const StepParams& p, IndexShared& shared, Here& here) {
     load_here(here, p);
     const Here& me = here;
-    ptx::wait_for_previous_grid();
     // CTAs that read ids: all but a few move rows
     const int64_t words = (static_cast<int64_t>(p.max_tokens) + 31) / 32 * p.experts_per_rank;
     const int64_t wanted = (words + kListBits / 2 - 1) / (kListBits / 2);
@@ -1073,7 +1251,11 @@ __device__ __forceinline__ void dispatch_local(const StepParams& p, IndexShared&
     const int rows_ctas = max(first, 1);
     if (static_cast<int>(blockIdx.x) < rows_ctas) {
         const int mover = static_cast<int>(threadIdx.x) / 32 * rows_ctas + static_cast<int>(blockIdx.x);
-        send_rows<false, true>(p, me, mover, rows_ctas * kFusedWarps);
+        if (rows_are_whole(p, me)) {
+            keep_rows<true>(p, me, mover, rows_ctas * kFusedWarps);
+        } else {
+            keep_rows<false>(p, me, mover, rows_ctas * kFusedWarps);
+        }
     }
     if (static_cast<int>(blockIdx.x) >= first) {
         index_local(p, me, shared, static_cast<int>(blockIdx.x) - first, parts);
@@ -1095,13 +1277,14 @@ __device__ __forceinline__ void dispatch_lines(const StepParams& p, LinesShared&
     const int rows_ctas = max(static_cast<int>(gridDim.x) - 1, 1);
     const int mover = static_cast<int>(threadIdx.x) / 32 * rows_ctas + max(static_cast<int>(blockIdx.x) - 1, 0);
     const int movers = rows_ctas * kFusedWarps;
-    ptx::wait_for_previous_grid();
-    trace(0);
+    // why not here: each waits for the kernel before once it knows what it will do
     HomeTokens home;
     if (moves && kSend) {
-        home = send_rows<true, kSend && kRecv>(p, me, mover, movers);
+        home = rows_are_whole(p, me) ? send_rows<kSend && kRecv, true>(p, me, mover, movers)
+                                     : send_rows<kSend && kRecv, false>(p, me, mover, movers);
         trace(reads_ids ? 10 : 2);
     } else if (moves) {
+        ptx::wait_for_previous_grid();
         home = home_tokens<false>(p, me);
     }
     if (reads_ids) {

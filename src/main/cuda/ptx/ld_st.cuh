@@ -4,6 +4,14 @@
 
 namespace moe::ptx {
 
+// The same address, of which the compiler now knows that it is no shared memory: what is read from there
+// need not be read again behind a store.
+template <class T>
+__device__ __forceinline__ T* global(T* address) {
+    __builtin_assume(__isGlobal(address));
+    return address;
+}
+
 __device__ __forceinline__ uint64_t load_acquire_sys(const uint64_t* address) {
     uint64_t value;
     asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
@@ -45,6 +53,10 @@ __device__ __forceinline__ uint4 load_line_sys(const void* address) {
 }
 
 // A lane's 4 bytes of a line, the whole warp side by side: one transaction as well.
+__device__ __forceinline__ void store_line_word_sys(void* address, uint32_t value) {
+    asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
 __device__ __forceinline__ uint32_t load_line_word_sys(const void* address) {
     uint32_t value;
     asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
