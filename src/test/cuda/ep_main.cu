@@ -542,7 +542,7 @@ class Group {
     int64_t dispatch_ctas() const {
         if (c.dispatch_ctas) return std::min(c.dispatch_ctas, sms / local);
         const int64_t pieces = (moe::dispatch_row_lines(Hp, c.K) + 3) / 4;
-        return std::clamp<int64_t>(1 + (c.M * pieces + 63) / 64, 2, std::max(2, sms / local));
+        return std::clamp<int64_t>(1 + (c.M * pieces + 15) / 16, 2, std::max(2, sms / local));
     }
 
    private:
@@ -980,7 +980,7 @@ void trace_dispatch(int gpus, int ctas) {
             for (int i = 1; i < moe::kTracePoints; i++) std::printf(" %6lld", at[0][w][i] < at[0][w][0] ? -1ll : at[0][w][i] - at[0][w][0]);
             std::printf("\n");
         }
-        for (int i : {1, 2, 9}) {
+        for (int i : {1, 2, 3, 4, 9}) {
             std::vector<double> all;
             for (int b = 1; b < group.dispatch_ctas(); b++) {
                 for (int w = 0; w < 16; w++) all.push_back(at[b][w][i] - at[b][w][0]);

@@ -225,29 +225,15 @@ struct LineWait {
     }
 };
 
-// why not inlined: whole bf16 vectors do not need it
-__device__ __noinline__ uint2 load_4_one_by_one(const void* base, int64_t index, int valid, int32_t dtype) {
-    uint32_t v[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        v[i] = 0;
-        if (i < valid) {
-            v[i] = dtype == kBF16 ? static_cast<const uint16_t*>(base)[index + i]
-                                  : __float_as_uint(load_element(base, index + i, dtype));
-        }
+// Elements index and index + 1 as a word of bf16, those from valid on zero and not read.
+__device__ __forceinline__ uint32_t load_2_as_bf16(const void* base, int64_t index, int valid, int32_t dtype) {
+    if (dtype == kBF16) {
+        const uint16_t* from = static_cast<const uint16_t*>(base) + index;
+        const uint32_t low = valid > 0 ? from[0] : 0;
+        return low | (valid > 1 ? static_cast<uint32_t>(from[1]) << 16 : 0);
     }
-    return dtype == kBF16 ? make_uint2(v[0] | v[1] << 16, v[2] | v[3] << 16)
-                          : make_uint2(pack_bf16(__uint_as_float(v[0]), __uint_as_float(v[1])),
-                                       pack_bf16(__uint_as_float(v[2]), __uint_as_float(v[3])));
-}
-
-// Four elements [index, index + 4) as bf16, the last 4 - valid of them zero and not read.
-__device__ __forceinline__ uint2 load_4_as_bf16(const void* base, int64_t index, int valid, int32_t dtype,
-                                                bool vectors) {
-    if (dtype == kBF16 && vectors && valid >= 4) {
-        return *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(base) + index);
-    }
-    return load_4_one_by_one(base, index, valid, dtype);
+    return pack_bf16(valid > 0 ? load_element(base, index, dtype) : 0.0f,
+                     valid > 1 ? load_element(base, index + 1, dtype) : 0.0f);
 }
 
 }  // namespace moe

@@ -45,12 +45,8 @@ constexpr int kLocalExperts = 1024;  // most experts of a rank
 #ifndef MOE_UNPACKED
 #define MOE_UNPACKED 2
 #endif
-#ifndef MOE_FIRST_ROUND
-#define MOE_FIRST_ROUND 0
-#endif
 constexpr int kPiecesInFlight = MOE_IN_FLIGHT;   // of a warp
 constexpr int kUnpackedAtOnce = MOE_UNPACKED;
-constexpr int kFirstRound = MOE_FIRST_ROUND;
 constexpr int kEagerTokens = 128;    // whose rows are read before T is known
 
 // What a dispatch kernel takes its tokens from: the caller's ids if it sanitises, else route's.
@@ -258,47 +254,70 @@ __device__ __forceinline__ HomeTokens send_rows(const StepParams& p, const Here&
     __nv_bfloat16* home_rows = me.home_rows;
     __nv_bfloat16* own_rows = me.own(p).recv_row(me.own(p).slot(my_rank, 0));
     const int64_t my_lines = Lines::row_offset(p, me, my_rank, 0);
-    ptx::wait_for_previous_grid();
-    trace(0);
-    HomeTokens home;
     // The first rows do not wait for T: those past it are there, and are not used
     int units = min(p.max_tokens, kEagerTokens) * pieces;
-    bool first = true;
-    int next = mover;
-#pragma unroll 1
-    while (first || next < units) {
-        uint4 words[kAtOnce];
-        int id[kAtOnce];
-        float weight[kAtOnce];
-        const int base = next;
+    int base = mover;
+    int token[kAtOnce];
+    int piece[kAtOnce];
+    const int32_t* id_at[kAtOnce];
+    const uint32_t* row_at[kAtOnce];
+    auto place = [&]() {
 #pragma unroll
         for (int i = 0; i < kAtOnce; i++) {
             const int unit = base + i * movers;
-            if (unit < units) {
-                next = unit + movers;
-                const int token = by.quotient(unit);
-                const int piece = unit - token * pieces;
-                const int64_t entry = static_cast<int64_t>(token) * top_k;
-                id[i] = lane < top_k ? ids[entry + lane] : -1;
-                weight[i] = piece == 0 && lane < top_k ? weights[entry + lane] : 0.0f;
-                uint2 half[2];
+            token[i] = by.quotient(unit);
+            piece[i] = unit - token[i] * pieces;
+            id_at[i] = ids + token[i] * top_k + lane;
+            row_at[i] = hidden + static_cast<int64_t>(token[i]) * part.words + part.word_of(piece[i]);
+        }
+    };
+    place();
+    ptx::wait_for_previous_grid();
+    trace(0);
+    HomeTokens home;
+    bool first = true;
+#pragma unroll 1
+    while (true) {
+        uint4 words[kAtOnce];
+        int id[kAtOnce];
+        float weight[kAtOnce];
+        int next = base;
 #pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    const int word = part.word_of(piece) + 2 * j;
-                    half[j] = make_uint2(0, 0);
-                    if (word < 0) {
-                        const int k = word + part.header;
-                        half[j].x = __float_as_uint(weights[entry + k]);
-                        half[j].y = k + 1 < top_k ? __float_as_uint(weights[entry + k + 1]) : 0;
-                    } else if (word < part.words && !(j == 1 && part.tail)) {
-                        if (kWhole) {
-                            half[j] = *reinterpret_cast<const uint2*>(hidden + static_cast<int64_t>(token) * part.words + word);
-                        } else {
-                            half[j] = load_4_as_bf16(me.hidden, static_cast<int64_t>(token) * p.hidden + 2 * word,
-                                                     p.hidden - 2 * word, p.hidden_dtype,
-                                                     rows_are_vectors(me.hidden, p.hidden, p.hidden_dtype));
-                        }
+        for (int i = 0; i < kAtOnce; i++) {
+            const int unit = base + i * movers;
+            if (unit >= units) {
+                break;
+            }
+            next = unit + movers;
+            id[i] = lane < top_k ? *id_at[i] : -1;
+            weight[i] = 0.0f;
+            const int word = part.word_of(piece[i]);
+            if (!kWhole || piece[i] == 0) {
+                const float* token_weights = weights + token[i] * top_k;
+                weight[i] = piece[i] == 0 && lane < top_k ? token_weights[lane] : 0.0f;
+                uint32_t w[4];
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const bool of_header = word + j < 0;
+                    const bool column = !of_header && word + j < part.words && !(part.tail && j >= 2);
+                    w[j] = 0;
+                    if (of_header && word + j + part.header < top_k) {
+                        w[j] = __float_as_uint(token_weights[word + j + part.header]);
+                    } else if (column && kWhole) {
+                        w[j] = row_at[i][j];
+                    } else if (column) {
+                        w[j] = load_2_as_bf16(me.hidden, static_cast<int64_t>(token[i]) * p.hidden + 2 * (word + j),
+                                              p.hidden - 2 * (word + j), p.hidden_dtype);
                     }
+                }
+                words[i] = make_uint4(w[0], w[1], w[2], w[3]);
+            } else {
+                uint2 half[2] = {make_uint2(0, 0), make_uint2(0, 0)};
+                if (word < part.words) {
+                    half[0] = *reinterpret_cast<const uint2*>(row_at[i]);
+                }
+                if (word + 2 < part.words && !part.tail) {
+                    half[1] = *reinterpret_cast<const uint2*>(row_at[i] + 2);
                 }
                 words[i] = make_uint4(half[0].x, half[0].y, half[1].x, half[1].y);
             }
@@ -316,31 +335,35 @@ __device__ __forceinline__ HomeTokens send_rows(const StepParams& p, const Here&
             if (unit >= end) {
                 break;
             }
-            const int token = by.quotient(unit);
-            const int piece = unit - token * pieces;
-            const bool inside = part.inside(piece);
+            const bool inside = part.inside(piece[i]);
             const uint64_t named = ranks_of(p, by_experts, id[i]);
             const uint64_t ranks = named & home.members;
             const uint4 line = with_epoch(words[i], part.tail, home.epoch);
-            const int64_t to = my_lines + static_cast<int64_t>(token) * part.bytes + part.byte_of(piece);
+            const int64_t to = my_lines + static_cast<int64_t>(token[i]) * part.bytes + part.byte_of(piece[i]);
+#pragma unroll 1
             for (int r = 1; r < p.num_ranks; r++) {
                 const int rank = my_rank + r < p.num_ranks ? my_rank + r : my_rank + r - p.num_ranks;
                 if (is_member(ranks, rank)) {
                     store_lines(me.regions[rank] + to, line, inside);
                 }
             }
+            trace(3);
             if (is_member(ranks, my_rank)) {
-                part.store(own_rows + static_cast<int64_t>(token) * p.hidden_pad, piece, words[i]);
+                part.store(own_rows + static_cast<int64_t>(token[i]) * p.hidden_pad, piece[i], words[i]);
             }
             if (home_rows != nullptr) {
-                part.store(home_rows + static_cast<int64_t>(token) * p.hidden_pad, piece, words[i]);
+                part.store(home_rows + static_cast<int64_t>(token[i]) * p.hidden_pad, piece[i], words[i]);
             }
-            if (piece == 0) {
-                keep_home(p, me, home, token, id[i], weight[i], named);
+            if (piece[i] == 0) {
+                keep_home(p, me, home, token[i], id[i], weight[i], named);
             }
         }
+        if (next >= units) {
+            return home;
+        }
+        base = next;
+        place();
     }
-    return home;
 }
 
 // What has come from the peers, to the slots of this rank. A warp looks at the ids of a token and at a
@@ -424,6 +447,7 @@ __device__ __forceinline__ void unpack_rows(const StepParams& p, const Here& me,
                 bool missing = part.tail && part.inside(piece[i]) && seen != home.epoch;
                 if (!__any_sync(0xffffffffu, missing)) {
                     // why without a look at the ids: a row of this step was sent in this step
+                    trace(4);
                     pending &= ~(1u << i);
                     live = true;
                     const int64_t slot = mine.slot(source[i], token[i]);
@@ -848,6 +872,7 @@ struct LinesShared {
     uint16_t before[kListBits]; // rows of the expert before those of a word
     int32_t offsets[kFusedThreads];
     int32_t tokens[kMaxRanks];
+    uint64_t waited[kMaxRanks];  // ns, for the first line
     int32_t warp_sums[kFusedWarps];
 };
 
@@ -1002,15 +1027,11 @@ __device__ __forceinline__ bool peer_lines(const StepParams& p, const Here& me, 
                 trace(4);
                 pending &= ~(1u << i);
                 const int tokens = clamp_tokens(static_cast<int>(__shfl_sync(0xffffffffu, words[i], 0)), p.max_tokens);
+                ids.add(shared, plan, source[i], line[i], words[i], tokens);
                 if (line[i] == 0 && ids.lane == 0) {
                     shared.tokens[source[i]] = tokens;
-                    const uint64_t waited = wait.waited_ns();
-                    uint64_t* totals = ptx::global(me.peer_totals + source[i] * kPeerWords);
-                    totals[kPeerWaited] = waited;
-                    // why an atomic: nothing waits for what it adds to
-                    atomicAdd(reinterpret_cast<unsigned long long*>(totals + kPeerWaitedTotal), waited);
+                    shared.waited[source[i]] = wait.waited_ns();
                 }
-                ids.add(shared, plan, source[i], line[i], words[i], tokens);
             }
             if (pending != 0 && !wait.again(late, late_peer, late_seen)) {
                 return false;
@@ -1113,42 +1134,50 @@ __device__ __forceinline__ void build_lists(const StepParams& p, const Here& me,
     int32_t* expert_rows = ptx::global(me.expert_rows);
     int32_t* packed_row_of = ptx::global(me.packed_row_of);
     int32_t* recv_tokens = ptx::global(me.own(p).recv_tokens());
-    // why twice: the code of the lists is not in the instruction cache yet, and fetching it takes longer than
-    // running it. The first round builds them from the own ids while the peers' travel; the second overwrites.
-#pragma unroll 1
-    for (int round = plan.at_once ? kFirstRound : 1; round < 2; round++) {
-        trace(3);
-        const bool arrived = round == 0 || peer_lines(p, me, home, shared, plan, lane);
-        trace(5);
-        if (!__syncthreads_and(arrived)) {
-            write_no_rows(p, me, 0, 1);
-            return;
-        }
-        trace(6);
-        if (round == 1) {
-            ptx::allow_next_grid();
-        }
-        if (threadIdx.x < p.num_ranks) {
-            recv_tokens[threadIdx.x] = shared.tokens[threadIdx.x];
-        }
-        if (!plan.at_once) {
-            write_lists_in_batches(p, me, shared, plan);
-            break;
-        }
+    const int my_rank = me.rank;
+    trace(3);
+    const bool arrived = peer_lines(p, me, home, shared, plan, lane);
+    trace(5);
+    if (!__syncthreads_and(arrived)) {
+        write_no_rows(p, me, 0, 1);
+        return;
+    }
+    trace(6);
+    ptx::allow_next_grid();
+    if (plan.at_once) {
         sum_bits(me, shared, plan, 0, plan.batch, 0);
         trace(7);
-        for (int source = 0; source < p.num_ranks; source++) {
-            const int tokens = shared.tokens[source];
-            for (int line = warp; line * lane.each < tokens; line += kFusedWarps) {
-                const uint32_t word = shared.words[(source * lane.line_count + line) * 32 + lane.lane];
-                lane.entries(source, line, word, tokens, [&](int place, int slot, uint32_t local, bool known) {
-                    if (known) {
-                        write_entry(expert_rows, packed_row_of, shared, plan, slot, local, place);
-                    }
-                });
+        // Each warp the lines that it has put there: own ones, then the peers'
+        for (int line = warp, place = 0;; line += kFusedWarps) {
+            while (line >= lane.line_count) {
+                line -= lane.line_count;
+                place++;
             }
+            if (place >= p.num_ranks) {
+                break;
+            }
+            const int source = place == 0 ? my_rank : (place <= my_rank ? place - 1 : place);
+            const uint32_t word = shared.words[(source * lane.line_count + line) * 32 + lane.lane];
+            lane.entries(source, line, word, shared.tokens[source], [&](int place_of, int slot, uint32_t local, bool known) {
+                if (known) {
+                    write_entry(expert_rows, packed_row_of, shared, plan, slot, local, place_of);
+                }
+            });
         }
         trace(8);
+    } else {
+        write_lists_in_batches(p, me, shared, plan);
+    }
+    if (threadIdx.x < p.num_ranks) {
+        const int source = threadIdx.x;
+        recv_tokens[source] = shared.tokens[source];
+        if (source != my_rank && is_member(home.members, source)) {
+            uint64_t* totals = ptx::global(me.peer_totals + source * kPeerWords);
+            totals[kPeerWaited] = shared.waited[source];
+            // why an atomic: nothing waits for what it adds to
+            atomicAdd(reinterpret_cast<unsigned long long*>(totals + kPeerWaitedTotal),
+                      static_cast<unsigned long long>(shared.waited[source]));
+        }
     }
 #ifndef MOE_NO_FIGURES
     const Symmetric mine = me.own(p);
@@ -1200,6 +1229,7 @@ __device__ __forceinline__ void index_lines(const StepParams& p, const Here& me,
             words[i] = lane.lane == kLineWords ? static_cast<uint32_t>(home.epoch) : words[i];
             words[i] = lane.lane == kLineWords + 1 ? static_cast<uint32_t>(home.epoch >> 32) : words[i];
             if (kSend) {
+#pragma unroll 1
                 for (int r = 1; r < p.num_ranks; r++) {
                     const int rank = my_rank + r < p.num_ranks ? my_rank + r : my_rank + r - p.num_ranks;
                     if (is_member(home.members, rank)) {
