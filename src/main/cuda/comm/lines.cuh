@@ -77,6 +77,7 @@ struct Here : LocalRank {
     Divider by_top_k;
     Divider by_experts;        // of a rank
     Divider by_ids_per_line;
+    Divider by_id_lines;       // of a source
     Divider by_row_pieces;     // of a row in lines
     Divider by_plain_pieces;   // of 512 bytes
 
@@ -105,14 +106,15 @@ __device__ __forceinline__ void load_here(Here& here, const StepParams& p) {
         here.result_lines = combine_row_lines(p.hidden_pad);
         here.source_bytes = dispatch_lines_of(p.max_tokens, p.hidden_pad, p.top_k) * kLineBytes;
     }
-    if (threadIdx.x >= 32 * 6 && threadIdx.x < 32 * 6 + 5) {
+    if (threadIdx.x >= 32 * 6 && threadIdx.x < 32 * 6 + 6) {
         // One division for all: a thread each
         const int which = static_cast<int>(threadIdx.x) - 32 * 6;
         int divisor = (p.hidden_pad / 2 + 127) / 128;
         divisor = which == 0 ? p.top_k : divisor;
         divisor = which == 1 ? p.experts_per_rank : divisor;
         divisor = which == 2 ? tokens_per_id_line(p.top_k) : divisor;
-        divisor = which == 3 ? (dispatch_row_lines(p.hidden_pad, p.top_k) + kWarpLines - 1) / kWarpLines : divisor;
+        divisor = which == 3 ? id_lines(p.max_tokens, p.top_k) : divisor;
+        divisor = which == 4 ? (dispatch_row_lines(p.hidden_pad, p.top_k) + kWarpLines - 1) / kWarpLines : divisor;
         (&here.by_top_k)[which] = Divider::of(divisor);
     }
     __syncthreads();

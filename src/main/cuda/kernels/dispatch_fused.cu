@@ -43,7 +43,7 @@ constexpr int kLocalExperts = 1024;  // most experts of a rank
 #define MOE_IN_FLIGHT 2
 #endif
 #ifndef MOE_UNPACKED
-#define MOE_UNPACKED 2
+#define MOE_UNPACKED 4
 #endif
 constexpr int kPiecesInFlight = MOE_IN_FLIGHT;   // of a warp
 constexpr int kUnpackedAtOnce = MOE_UNPACKED;
@@ -236,9 +236,8 @@ __device__ __forceinline__ void keep_home(const StepParams& p, const Here& me, c
 }
 
 // Several ranks: rows to the ranks of their experts, own slots plainly, others in lines. mover of movers warps.
-template <bool kFused, bool kWhole>
+template <bool kFused, bool kWhole, int kAtOnce>
 __device__ __forceinline__ HomeTokens send_rows(const StepParams& p, const Here& me, int mover, int movers) {
-    constexpr int kAtOnce = kWhole ? kPiecesInFlight : 1;
     const int lane = threadIdx.x % 32;
     // why copies: behind a store the compiler has to read shared memory again
     const Divider by = me.by_row_pieces;
@@ -272,6 +271,7 @@ __device__ __forceinline__ HomeTokens send_rows(const StepParams& p, const Here&
         }
     };
     place();
+    trace(10);
     ptx::wait_for_previous_grid();
     trace(0);
     HomeTokens home;
@@ -368,6 +368,7 @@ __device__ __forceinline__ HomeTokens send_rows(const StepParams& p, const Here&
 
 // What has come from the peers, to the slots of this rank. A warp looks at the ids of a token and at a
 // piece of its row together; a token without an expert here has no row.
+template <int kAtOnce>
 __device__ __forceinline__ void unpack_rows(const StepParams& p, const Here& me, const HomeTokens& home,
                                             int mover, int movers) {
     const int lane = threadIdx.x % 32;
@@ -397,17 +398,17 @@ __device__ __forceinline__ void unpack_rows(const StepParams& p, const Here& me,
     int idle = 0;
 #pragma unroll 1
     while (unit_next < per_peer) {
-        const uint8_t* ids_at[kUnpackedAtOnce];
-        const uint8_t* row_at[kUnpackedAtOnce];
-        uint32_t ids[kUnpackedAtOnce];  // a word of the line in each lane
-        uint4 words[kUnpackedAtOnce];
-        int source[kUnpackedAtOnce];
-        int token[kUnpackedAtOnce];
-        int piece[kUnpackedAtOnce];
-        int from[kUnpackedAtOnce];  // the token's first entry in its line
+        const uint8_t* ids_at[kAtOnce];
+        const uint8_t* row_at[kAtOnce];
+        uint32_t ids[kAtOnce];  // a word of the line in each lane
+        uint4 words[kAtOnce];
+        int source[kAtOnce];
+        int token[kAtOnce];
+        int piece[kAtOnce];
+        int from[kAtOnce];  // the token's first entry in its line
         uint32_t pending = 0;
 #pragma unroll
-        for (int i = 0; i < kUnpackedAtOnce; i++) {
+        for (int i = 0; i < kAtOnce; i++) {
             source[i] = peer_next < my_rank ? peer_next : peer_next + 1;
             token[i] = by.quotient(unit_next);
             piece[i] = unit_next - token[i] * pieces;
@@ -428,7 +429,7 @@ __device__ __forceinline__ void unpack_rows(const StepParams& p, const Here& me,
 #pragma unroll 1
         while (pending != 0) {
 #pragma unroll
-            for (int i = 0; i < kUnpackedAtOnce; i++) {
+            for (int i = 0; i < kAtOnce; i++) {
                 if (pending >> i & 1) {
                     __syncwarp();
                     ids[i] = ptx::load_line_word_sys(ids_at[i]);
@@ -439,7 +440,7 @@ __device__ __forceinline__ void unpack_rows(const StepParams& p, const Here& me,
             int late_peer = 0;
             uint64_t late_seen = 0;
 #pragma unroll
-            for (int i = 0; i < kUnpackedAtOnce; i++) {
+            for (int i = 0; i < kAtOnce; i++) {
                 if (!(pending >> i & 1)) {
                     continue;
                 }
@@ -495,7 +496,7 @@ __device__ __forceinline__ void unpack_rows(const StepParams& p, const Here& me,
             }
         }
         // Tokens ascend: when no peer had one, none has a later one
-        idle = live ? 0 : idle + kUnpackedAtOnce;
+        idle = live ? 0 : idle + kAtOnce;
         if (idle >= peers) {
             return;
         }
@@ -971,32 +972,30 @@ struct IdLane {
 };
 
 // Lines of the peers' ids, of which this warp has every 16th. False: one did not come.
+template <int kAtOnce>
 __device__ __forceinline__ bool peer_lines(const StepParams& p, const Here& me, const HomeTokens& home,
                                            LinesShared& shared, const ListPlan& plan, const IdLane& ids) {
-    constexpr int kAtOnce = 2;
+    const Divider by = me.by_id_lines;
     const int my_rank = me.rank;
     const int peers = p.num_ranks - 1;
     const int64_t source_bytes = me.source_bytes;
     const uint8_t* lines = me.regions[my_rank] + p.off_dispatch_lines + ids.lane * 4;
+    const int all = peers * ids.line_count;
     // Warps behind those that had own lines
-    int line_next = (static_cast<int>(threadIdx.x / 32) - ids.line_count) & (kFusedWarps - 1);
-    int peer_next = 0;
+    int next = (static_cast<int>(threadIdx.x / 32) - ids.line_count) & (kFusedWarps - 1);
 #pragma unroll 1
-    while (true) {
+    for (; next < all; next += kAtOnce * kFusedWarps) {
         uint32_t words[kAtOnce];
         int source[kAtOnce];
         int line[kAtOnce];
         uint32_t pending = 0;
 #pragma unroll
         for (int i = 0; i < kAtOnce; i++) {
-            while (line_next >= ids.line_count) {
-                line_next -= ids.line_count;
-                peer_next++;
-            }
-            source[i] = peer_next < my_rank ? peer_next : peer_next + 1;
-            line[i] = line_next;
-            pending |= peer_next < peers && is_member(home.members, source[i]) ? 1u << i : 0;
-            line_next += kFusedWarps;
+            const int item = next + i * kFusedWarps;
+            const int peer = by.quotient(item);
+            source[i] = peer < my_rank ? peer : peer + 1;
+            line[i] = item - peer * ids.line_count;
+            pending |= item < all && is_member(home.members, source[i]) ? 1u << i : 0;
         }
         LineWait wait(p, me, kOpDispatchRecv, home.epoch);
 #pragma unroll 1
@@ -1037,10 +1036,8 @@ __device__ __forceinline__ bool peer_lines(const StepParams& p, const Here& me, 
                 return false;
             }
         }
-        if (peer_next >= peers) {
-            return true;
-        }
     }
+    return true;
 }
 
 // Sums of a batch of experts, from their bits: rows before each word, counts, and offsets from first_row on.
@@ -1136,7 +1133,9 @@ __device__ __forceinline__ void build_lists(const StepParams& p, const Here& me,
     int32_t* recv_tokens = ptx::global(me.own(p).recv_tokens());
     const int my_rank = me.rank;
     trace(3);
-    const bool arrived = peer_lines(p, me, home, shared, plan, lane);
+    const bool arrived = (p.num_ranks - 1) * lane.line_count <= kFusedWarps
+                             ? peer_lines<1>(p, me, home, shared, plan, lane)
+                             : peer_lines<2>(p, me, home, shared, plan, lane);
     trace(5);
     if (!__syncthreads_and(arrived)) {
         write_no_rows(p, me, 0, 1);
@@ -1148,14 +1147,11 @@ __device__ __forceinline__ void build_lists(const StepParams& p, const Here& me,
         sum_bits(me, shared, plan, 0, plan.batch, 0);
         trace(7);
         // Each warp the lines that it has put there: own ones, then the peers'
-        for (int line = warp, place = 0;; line += kFusedWarps) {
-            while (line >= lane.line_count) {
-                line -= lane.line_count;
-                place++;
-            }
-            if (place >= p.num_ranks) {
-                break;
-            }
+        const Divider by = me.by_id_lines;
+#pragma unroll 1
+        for (int item = warp; item < p.num_ranks * lane.line_count; item += kFusedWarps) {
+            const int place = by.quotient(item);
+            const int line = item - place * lane.line_count;
             const int source = place == 0 ? my_rank : (place <= my_rank ? place - 1 : place);
             const uint32_t word = shared.words[(source * lane.line_count + line) * 32 + lane.lane];
             lane.entries(source, line, word, shared.tokens[source], [&](int place_of, int slot, uint32_t local, bool known) {
@@ -1197,6 +1193,7 @@ __device__ __forceinline__ void index_lines(const StepParams& p, const Here& me,
     const int32_t* ids = ptx::global(kSend && kRecv && p.routing_input == kTopK ? me.topk_ids : me.home_ids);
     int32_t* recv_tokens = ptx::global(me.own(p).recv_tokens());
     const int64_t my_lines = p.off_dispatch_lines + my_rank * me.source_bytes + lane.lane * 4;
+    trace(10);
     ptx::wait_for_previous_grid();
     trace(0);
 
@@ -1297,6 +1294,7 @@ __device__ __forceinline__ void dispatch_lines(const StepParams& p, LinesShared&
 #ifdef MOE_TRIGGER_EARLY
     ptx::allow_next_grid();
 #endif
+    trace(11);
     const bool reads_ids = blockIdx.x == 0;
     const bool moves = blockIdx.x != 0 || gridDim.x == 1;
     if (kRecv && reads_ids) {
@@ -1307,12 +1305,19 @@ __device__ __forceinline__ void dispatch_lines(const StepParams& p, LinesShared&
     const int rows_ctas = max(static_cast<int>(gridDim.x) - 1, 1);
     const int mover = static_cast<int>(threadIdx.x) / 32 * rows_ctas + max(static_cast<int>(blockIdx.x) - 1, 0);
     const int movers = rows_ctas * kFusedWarps;
-    // why not here: each waits for the kernel before once it knows what it will do
+    // Each waits for the kernel before it once it knows what it will do. why two forms: with one unit a warp
+    // the code for several is only in the way
+    const int units = p.max_tokens * me.by_row_pieces.divisor;
     HomeTokens home;
     if (moves && kSend) {
-        home = rows_are_whole(p, me) ? send_rows<kSend && kRecv, true>(p, me, mover, movers)
-                                     : send_rows<kSend && kRecv, false>(p, me, mover, movers);
-        trace(reads_ids ? 10 : 2);
+        if (!rows_are_whole(p, me)) {
+            home = send_rows<kSend && kRecv, false, 1>(p, me, mover, movers);
+        } else if (units <= movers) {
+            home = send_rows<kSend && kRecv, true, 1>(p, me, mover, movers);
+        } else {
+            home = send_rows<kSend && kRecv, true, kPiecesInFlight>(p, me, mover, movers);
+        }
+        trace(2);
     } else if (moves) {
         ptx::wait_for_previous_grid();
         home = home_tokens<false>(p, me);
@@ -1321,7 +1326,11 @@ __device__ __forceinline__ void dispatch_lines(const StepParams& p, LinesShared&
         index_lines<kSend, kRecv>(p, me, shared);
     }
     if (moves && kRecv && !home.silent) {
-        unpack_rows(p, me, home, mover, movers);
+        if (units * (p.num_ranks - 1) <= movers) {
+            unpack_rows<1>(p, me, home, mover, movers);
+        } else {
+            unpack_rows<kUnpackedAtOnce>(p, me, home, mover, movers);
+        }
     }
     trace(9);
 }
