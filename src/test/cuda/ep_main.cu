@@ -9,9 +9,10 @@
 //   ep_main time              medians of a pair in a graph of 16, maximum over GPUs
 //   ep_main sweep             the same, for several numbers of CTAs
 //   ep_main sizes             the same, and larger steps: where lines stop to pay
-//   ep_main pairs             fused pairs only: combine directly behind dispatch, and an empty kernel between
-//   ep_main trace             with -DMOE_TRACE: when the warps of dispatch passed its trace points
-// With -DEP_ONLY only the kernels that it uses are compiled.
+//   ep_main pairs             a few of them in two seconds, also with experts that last: combine starts beside
+//                             them, as it does beside real ones
+// With -DEP_ONLY only the kernels that it uses are compiled. With -DMOE_TRACE, ep_main trace: when the warps of
+// dispatch passed their trace points.
 #include <algorithm>
 #include <atomic>
 #include <barrier>
@@ -136,6 +137,15 @@ __global__ __launch_bounds__(32) void empty_expert(const __grid_constant__ StepP
     moe::ptx::allow_next_grid();
 }
 
+// The same for so many cycles.
+__global__ __launch_bounds__(32) void lasting_expert(const __grid_constant__ StepParams p) {
+    moe::ptx::wait_for_previous_grid();
+    moe::ptx::allow_next_grid();
+    const long long start = clock64();
+    while (clock64() - start < 10000) {
+    }
+}
+
 __global__ void delay_kernel(uint64_t ns) {
     const uint64_t start = moe::ptx::globaltimer_ns();
     while (moe::ptx::globaltimer_ns() - start < ns) {
@@ -162,8 +172,8 @@ struct Config {
     int variants = 8;  // inputs in device memory at once
     int dispatch_ctas = 0, combine_ctas = 0;
     int pairs = 1;
-    bool empty = false, one_cta = false;  // empty: an empty kernel for the experts, for timings
-    bool direct = false;                  // no kernel for the experts, for timings
+    bool empty = false, one_cta = false;  // empty: no expert, for timings
+    bool lasting = false, direct = false;
     uint64_t timeout_ns = 5000000000ull;
     std::string text() const {
         char s[160];
@@ -529,7 +539,7 @@ class Group {
         CHECK_CUDA(cudaStreamBeginCapture(streams[gpu], cudaStreamCaptureModeThreadLocal));
         for (int i = 0; i < c.pairs; i++) {
             enqueue_dispatch(gpu, form);
-            enqueue_experts(gpu);
+            if (!c.direct) enqueue_experts(gpu);
             enqueue_combine(gpu, form);
         }
         CHECK_CUDA(cudaStreamEndCapture(streams[gpu], &graph));
@@ -583,9 +593,8 @@ class Group {
         }
     }
     void enqueue_experts(int gpu) {
-        if (c.direct) return;
         if (c.empty) {
-            run(gpu, empty_expert, sms, 32, true);
+            run(gpu, c.lasting ? lasting_expert : empty_expert, sms, 32, true);
             return;
         }
         run(gpu, trivial_expert, std::min<int64_t>(sms, static_cast<int64_t>(c.R) * c.M * std::min(c.K, L)), 256, true);
@@ -916,65 +925,25 @@ double time_config(Config c, int tokens, Form form) {
     return us;
 }
 
-struct Case {
-    int H, E, T;
-};
-
-Config config_of(const Case& k, int ranks) {
-    Config c;
-    c.G = c.R = ranks, c.K = 8, c.E = k.E, c.H = k.H, c.M = k.T, c.wire = ranks == 1 ? moe::kRows : moe::kLines;
-    return c;
-}
-
-// What the pair costs alone: combine behind dispatch, as others measure theirs.
-void time_pairs(int gpus, bool sweep) {
-    const Case cases[] = {{7168, 256, 1}, {7168, 256, 8}, {7168, 256, 32}, {7168, 256, 128},
-                          {2048, 128, 1}, {2048, 128, 32}, {2048, 128, 128}};
-    std::printf("us per pair, graph of 16, K 8, M = T: direct, an empty kernel between, direct with M 128\n");
-    for (int R : {gpus, 1}) {
-        for (const Case& k : cases) {
-            Config c = config_of(k, R);
-            c.direct = true;
-            const double direct = time_config(c, k.T, kFused);
-            Config empty = config_of(k, R);
-            empty.empty = true;
-            Config large = c;
-            large.M = 128;
-            std::printf("R %d H %d T %3d: %6.2f %6.2f %6.2f", R, k.H, k.T, direct, time_config(empty, k.T, kFused),
-                        k.T == 1 ? time_config(large, k.T, kFused) : 0.0);
-            for (int ctas : {2, 3, 5, 9, 17, 33, 66, 99, 132}) {
-                if (!sweep || R == 1) break;
-                c.dispatch_ctas = ctas;
-                large.dispatch_ctas = ctas;
-                std::printf(" %d:%.2f", ctas, time_config(c, k.T, kFused));
-                if (k.T == 1) std::printf("/%.2f", time_config(large, k.T, kFused));
-            }
-            std::printf("\n");
-            std::fflush(stdout);
-        }
-        if (gpus == 1) break;
-    }
-}
-
 #ifdef MOE_TRACE
 // Cycles after the wait for the kernel before, of the last pair of a graph of 16: of each warp of the first CTA,
 // and the median and the latest of the other CTAs' warps.
 void trace_dispatch(int gpus, int ctas) {
-    for (const Case& k : {Case{7168, 256, 1}, Case{7168, 256, 8}, Case{7168, 256, 128}}) {
-        Config c = config_of(k, gpus);
-        c.direct = true, c.pairs = 16, c.variants = 1;
-        c.dispatch_ctas = ctas;
+    for (int T : {1, 8, 128}) {
+        Config c;
+        c.G = c.R = gpus, c.K = 8, c.E = 256, c.H = 7168, c.M = T, c.wire = moe::kLines;
+        c.direct = true, c.pairs = 16, c.variants = 1, c.dispatch_ctas = ctas;
         Group group(c);
         for (int g = 0; g < c.G; g++) {
             use(g);
-            group.make_inputs(g, 11, 0, k.T), group.use_variant(g, 0);
+            group.make_inputs(g, 11, 0, T), group.use_variant(g, 0);
             CHECK_CUDA(cudaStreamSynchronize(group.streams[g]));
         }
         time_pair(group, kFused, 8);
         use(0);
         static long long at[256][16][moe::kTracePoints];
         CHECK_CUDA(cudaMemcpyFromSymbol(at, moe::g_trace, sizeof at));
-        std::printf("trace H %d T %d, %lld CTAs\n", k.H, k.T, static_cast<long long>(group.dispatch_ctas()));
+        std::printf("trace H 7168 T %d, %lld CTAs\n", T, static_cast<long long>(group.dispatch_ctas()));
         for (int w = 0; w < 16; w++) {
             std::printf("  ids warp %2d:", w);
             for (int i = 1; i < moe::kTracePoints; i++) std::printf(" %6lld", at[0][w][i] - at[0][w][0]);
@@ -990,6 +959,28 @@ void trace_dispatch(int gpus, int ctas) {
     }
 }
 #endif
+
+void time_pairs(int gpus) {
+    const struct { int H, E, T; } cases[] = {{7168, 256, 1}, {7168, 256, 8}, {7168, 256, 32}, {7168, 256, 128},
+                                             {2048, 128, 1}, {2048, 128, 32}, {2048, 128, 128}};
+    std::printf("us per pair, graph of 16, K 8, M = T: nothing between; an empty kernel; one of 10,000 cycles; M 128, an empty kernel\n");
+    for (int R : {gpus, 1}) {
+        for (const auto& k : cases) {
+            Config c;
+            c.G = c.R = R, c.K = 8, c.E = k.E, c.H = k.H, c.M = k.T, c.wire = R == 1 ? moe::kRows : moe::kLines;
+            c.empty = c.direct = true;
+            const double direct = time_config(c, k.T, kFused);
+            c.direct = false;
+            const double empty = time_config(c, k.T, kFused);
+            c.lasting = true;
+            const double lasting = time_config(c, k.T, kFused);
+            c.lasting = false, c.M = 128;
+            std::printf("R %d H %d T %3d: %6.2f %6.2f %6.2f %6.2f\n", R, k.H, k.T, direct, empty, lasting, time_config(c, k.T, kFused));
+            std::fflush(stdout);
+        }
+        if (gpus == 1) break;
+    }
+}
 
 void time_all(int gpus, bool sweep, bool thresholds) {
     const struct { int H, E, T; double aim; } cases[] = {
@@ -1057,8 +1048,7 @@ int main(int argc, char** argv) {
     else if (mode == "faults") faults(gpus);
     else if (mode == "time") time_all(gpus, false, false);
     else if (mode == "sweep") time_all(gpus, true, false);
-    else if (mode == "pairs") time_pairs(gpus, false);
-    else if (mode == "pairs-sweep") time_pairs(gpus, true);
+    else if (mode == "pairs") time_pairs(gpus);
 #ifdef MOE_TRACE
     else if (mode == "trace") trace_dispatch(gpus, argc > 2 ? std::atoi(argv[2]) : 0);
 #endif
