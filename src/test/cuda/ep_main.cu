@@ -942,7 +942,7 @@ void trace_dispatch(int gpus, int ctas) {
         time_pair(group, kFused, 8);
         use(0);
         static long long at[256][16][moe::kTracePoints];
-        CHECK_CUDA(cudaMemcpyFromSymbol(at, moe::g_trace, sizeof at));
+        CHECK_CUDA(cudaMemcpyFromSymbol(at, moe::g_dispatch_trace, sizeof at));
         std::printf("trace H 7168 T %d, %lld CTAs\n", T, static_cast<long long>(group.dispatch_ctas()));
         for (int w = 0; w < 16; w++) {
             std::printf("  ids warp %2d:", w);

@@ -23,10 +23,10 @@ namespace moe {
 // Trace points, for measurements: clock of a warp's first lane.
 #ifdef MOE_TRACE
 constexpr int kTracePoints = 12;
-__device__ long long g_trace[256][16][kTracePoints];
+__device__ long long g_dispatch_trace[256][16][kTracePoints];
 __device__ __forceinline__ void trace(int point) {
     if (threadIdx.x % 32 == 0) {
-        g_trace[blockIdx.x][threadIdx.x / 32][point] = clock64();
+        g_dispatch_trace[blockIdx.x][threadIdx.x / 32][point] = clock64();
     }
 }
 #else
