@@ -949,7 +949,7 @@ void trace_dispatch(int gpus, int ctas) {
             for (int i = 1; i < moe::kTracePoints; i++) std::printf(" %6lld", at[0][w][i] - at[0][w][0]);
             std::printf("\n");
         }
-        for (int i : {11, 10, 1, 3, 2, 4, 9}) {
+        for (int i : {11, 12, 13, 10, 1, 3, 2, 4, 9}) {
             std::vector<double> all;
             for (int b = 1; b < group.dispatch_ctas(); b++) {
                 for (int w = 0; w < 16; w++) all.push_back(at[b][w][i] - at[b][w][0]);

@@ -22,7 +22,7 @@ namespace moe {
 
 // Trace points, for measurements: clock of a warp's first lane.
 #ifdef MOE_TRACE
-constexpr int kTracePoints = 12;
+constexpr int kTracePoints = 14;
 __device__ long long g_dispatch_trace[256][16][kTracePoints];
 __device__ __forceinline__ void trace(int point) {
     if (threadIdx.x % 32 == 0) {
@@ -1300,7 +1300,9 @@ __device__ __forceinline__ void dispatch_lines(const StepParams& p, LinesShared&
     if (kRecv && reads_ids) {
         clear_lists(shared);
     }
+    trace(12);
     load_here(here, p);
+    trace(13);
     const Here& me = here;
     const int rows_ctas = max(static_cast<int>(gridDim.x) - 1, 1);
     const int mover = static_cast<int>(threadIdx.x) / 32 * rows_ctas + max(static_cast<int>(blockIdx.x) - 1, 0);
