@@ -43,15 +43,6 @@ __device__ __forceinline__ void store_line_sys(void* address, uint4 value) {
                  : "memory");
 }
 
-__device__ __forceinline__ uint4 load_line_sys(const void* address) {
-    uint4 value;
-    asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                 : "l"(address)
-                 : "memory");
-    return value;
-}
-
 // A lane's 4 bytes of a line, the whole warp side by side: one transaction as well.
 __device__ __forceinline__ void store_line_word_sys(void* address, uint32_t value) {
     asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
@@ -60,6 +51,15 @@ __device__ __forceinline__ void store_line_word_sys(void* address, uint32_t valu
 __device__ __forceinline__ uint32_t load_line_word_sys(const void* address) {
     uint32_t value;
     asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ uint4 load_line_sys(const void* address) {
+    uint4 value;
+    asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(address)
+                 : "memory");
     return value;
 }
 
