@@ -4,7 +4,7 @@
 // A CTA handles chunks of 2048 columns of a token, 8 a thread; rows are added in rank order and
 // ranks without an expert of the token are skipped. The shared expert's gate, a dot product over H,
 // is summed in float64 by a fixed tree in each CTA that needs it. After a fault nothing is written
-// and valid_epoch stays; the last CTA publishes counters, then valid_epoch with release.
+// and valid_epoch stays; the last CTA tells the host of the step.
 // Reads combine_flags, combine_rows, home_mask, hidden, shared_out. Writes out rows < T, counters.
 #include "../comm/publish.cuh"
 #include "../comm/signal.cuh"
@@ -118,10 +118,13 @@ void moe_combine_recv(const __grid_constant__ moe::StepParams p) {
     if (arrive_is_last(me.arrivals + kCombineDone, arriving)) {
         if (!has_fault(me)) {
             if (threadIdx.x < p.num_ranks) {
-                publish_peer(me, threadIdx.x);
+                publish_peer(me, threadIdx.x, me.peer_totals[threadIdx.x * kPeerWords + kPeerRows]);
             }
             if (threadIdx.x == 0) {
-                publish_step(me);
+                publish_counters(me, me.epoch[kThisStep]);
+            }
+            for (int i = threadIdx.x; i < p.num_ranks * p.experts_per_rank; i += kOutThreads) {
+                me.received_rows[i] = me.received_totals[i];
             }
         }
         if (threadIdx.x == 0) {

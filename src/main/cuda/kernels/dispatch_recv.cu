@@ -187,7 +187,7 @@ void moe_dispatch_index(const __grid_constant__ moe::StepParams p) {
         }
         __syncthreads();
         for (int source = threadIdx.x; source < p.num_ranks; source += kIndexThreads) {
-            me.received[source * p.experts_per_rank + expert] = by_source[source];
+            me.received_totals[source * p.experts_per_rank + expert] += by_source[source];
         }
         __syncthreads();
     }
