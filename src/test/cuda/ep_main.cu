@@ -594,7 +594,7 @@ class Group {
     int64_t combine_ctas() const {
         if (c.combine_ctas) return std::min(c.combine_ctas, sms / local);
         const int64_t pieces = (moe::combine_row_lines(Hp) + 3) / 4;
-        return std::clamp<int64_t>(1 + (c.M * pieces + 3) / 4, 1, std::max(1, sms / local));
+        return std::clamp<int64_t>(1 + (c.M * pieces + moe::kSumWarps / 4 - 1) / (moe::kSumWarps / 4), 1, std::max(1, sms / local));
     }
 
     void enqueue_dispatch(int gpu, Form form) {
@@ -970,14 +970,23 @@ void trace_pairs(int gpus) {
             long long begin = 1ll << 62, end = 0;
             for (int b = 0; b < ctas; b++) for (int w = 0; w < 16; w++) begin = std::min(begin, t[b][w][6]), end = std::max(end, t[b][w][7]);
             std::printf("  gpu %d, %d CTAs, %lld ns;", g, ctas, end - begin);
-            for (int i = 1; i < 5; i++) {
-                std::vector<long long> d;
-                for (int b = 0; b < ctas - 1; b++) for (int w = 0; w < 16; w++) d.push_back(t[b][w][i] - t[b][w][0]);
-                std::sort(d.begin(), d.end());
-                if (!d.empty()) std::printf(" %d: %lld..%lld..%lld", i, d[0], d[d.size() / 2], d.back());
+            // Warps that send, warps that sum, those without a unit left out
+            const int moving = ctas - 1, senders = gpus > 1 ? moving * 16 / 2 : 0;
+            const int units = T * ((moe::combine_row_lines(7168) + 3) / 4);
+            for (int sums = gpus > 1 ? 0 : 1; sums < 2; sums++) {
+                std::printf(sums ? " | sums" : " sends");
+                for (int i = 1; i < 5; i++) {
+                    std::vector<long long> d;
+                    for (int b = 0; b < moving; b++) for (int w = 0; w < 16; w++) {
+                        const int warp = w * moving + b;
+                        if (sums ? warp >= senders && warp - senders < units : warp < senders && warp < units) d.push_back(t[b][w][i] - t[b][w][0]);
+                    }
+                    std::sort(d.begin(), d.end());
+                    std::printf(" %d: %lld..%lld..%lld", i, d[0], d[d.size() / 2], d.back());
+                }
             }
-            std::printf(" | last CTA, warps 0, 1, 15:");
-            for (int w : {0, 1, 15}) std::printf(" (%lld %lld %lld)", t[ctas - 1][w][1] - t[ctas - 1][w][0], t[ctas - 1][w][3] - t[ctas - 1][w][0], t[ctas - 1][w][4] - t[ctas - 1][w][0]);
+            std::printf(" | last CTA, warps 0, 1:");
+            for (int w : {0, 1}) std::printf(" %lld", t[ctas - 1][w][5] - t[ctas - 1][w][0]);
             std::printf("\n");
         }
     }

@@ -4,23 +4,29 @@
 // moe_combine_lines     several ranks, rows travel in lines (comm/lines.cuh): send, wait and sum
 // moe_combine_send_lines, moe_combine_recv_lines    the same in two, for work in between
 //
-// A warp computes four lines or 512 bytes of a row: it sends its pieces for peers, then sums pieces at
-// home, whose own share it keeps in registers. Which pieces does not depend on T, so that one round of
-// loads fetches all that dispatch has written for the first of each. Sums and roundings are those of
+// A warp computes four lines or 512 bytes of a row. With peers half of the warps send and half sum at home,
+// whose own share they compute while rows travel. Which pieces a warp has does not depend on T, so that one
+// round of loads fetches all that dispatch has written for the first. Sums and roundings are those of
 // combine_send.cu and combine_recv.cu, bit for bit.
 //
 // The last CTA moves no row unless it is the only one. It raises the flags that say that this rank has
 // read all that its peers sent in this step, tells the host of the step while rows travel, and waits for
 // the peers' flags. Nothing comes after a CTA's last row: no arrival, no release.
+//
+// why loops, not unrolled, and so much in functions: a kernel's instructions are fetched anew in each step
 #include "../comm/lines.cuh"
 #include "../comm/publish.cuh"
 #include "../comm/signal.cuh"
 #include "../layout/foreign.cuh"
+#include "../ptx/cp_async.cuh"
 #include "../ptx/grid_dependency.cuh"
 
 namespace moe {
 
-constexpr int kSumThreads = 512;
+#ifndef V_THREADS
+#define V_THREADS 512
+#endif
+constexpr int kSumThreads = V_THREADS;
 constexpr int kSumWarps = kSumThreads / 32;
 #ifdef V_TRACE
 __device__ long long g_trace[132][16][8];
@@ -34,9 +40,9 @@ __device__ long long g_trace[132][16][8];
 #define V_CTAS 1
 #endif
 #ifndef V_ROWS
-#define V_ROWS 8
+#define V_ROWS 5
 #endif
-constexpr int kRowsAtOnce = V_ROWS;  // of a slot's experts
+constexpr int kRowsAtOnce = V_ROWS;  // of a slot's experts that a warp has in shared memory
 
 // Divides units, which are below 2^32 / divisor, by a number that no step changes.
 struct UnitDivider {
@@ -80,14 +86,25 @@ struct ResultPiece {
         return inside && !tail && word + 2 < p.hidden_pad / 2;
     }
     // Four words of a bf16 row; past its end zero.
-    __device__ __forceinline__ uint4 load(const StepParams& p, const __nv_bfloat16* row, bool wanted = true) const {
+    __device__ __forceinline__ uint4 load(const StepParams& p, const __nv_bfloat16* row) const {
         const uint32_t* from = reinterpret_cast<const uint32_t*>(row) + word;
         if (!kPeers) {
-            return ptx::load_if(reinterpret_cast<const uint4*>(from), wanted && inside);
+            return inside ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
         }
-        const uint2 low = ptx::load_if(reinterpret_cast<const uint2*>(from), wanted && has_low(p));
-        const uint2 high = ptx::load_if(reinterpret_cast<const uint2*>(from + 2), wanted && has_high(p));
+        const uint2 zero = make_uint2(0, 0);
+        const uint2 low = has_low(p) ? *reinterpret_cast<const uint2*>(from) : zero;
+        const uint2 high = has_high(p) ? *reinterpret_cast<const uint2*>(from + 2) : zero;
         return make_uint4(low.x, low.y, high.x, high.y);
+    }
+    // The same to shared memory, asynchronously.
+    __device__ __forceinline__ void copy(const StepParams& p, uint32_t to_shared, const __nv_bfloat16* row) const {
+        const uint32_t* from = reinterpret_cast<const uint32_t*>(row) + word;
+        if (!kPeers) {
+            ptx::cp_async_16(to_shared, from, inside);
+        } else {
+            ptx::cp_async_8(to_shared, from, has_low(p));
+            ptx::cp_async_8(to_shared + 8, from + 2, has_high(p));
+        }
     }
     __device__ __forceinline__ void store(const StepParams& p, __nv_bfloat16* row, uint4 v) const {
         uint32_t* to = reinterpret_cast<uint32_t*>(row) + word;
@@ -126,51 +143,56 @@ struct SlotEntry {
                                          int token, bool wanted) {
         const int lane = threadIdx.x % 32;
         if (wanted && lane < p.top_k) {
-            const int64_t slot = mine.slot(source, token);
-            id = mine.recv_ids(slot)[lane];
-            weight = mine.recv_weights(slot)[lane];
-            row = me.packed_row_of[slot * p.top_k + lane];
+            const int64_t at = mine.slot(source, token) * p.top_k + lane;
+            id = mine.recv_ids(0)[at];
+            weight = mine.recv_weights(0)[at];
+            row = me.packed_row_of[at];
         }
     }
 };
 
+// Rows that a warp waits for, each lane for its own 16 bytes.
+using StagedRows = uint4[kRowsAtOnce][32];
+
 // The experts' rows of a slot, weighted and summed in k order in float32, as bf16. False: it has none.
 template <bool kPeers>
-__device__ __forceinline__ bool weighted_piece(const StepParams& p, const Here& me, const SlotEntry& entry,
-                                               const ResultPiece<kPeers>& piece, uint4& result) {
+__device__ __forceinline__ bool weighted_piece(const StepParams& p, const Here& me, StagedRows& staged,
+                                               const SlotEntry& entry, const ResultPiece<kPeers>& piece,
+                                               uint4& result) {
+    const int lane = threadIdx.x % 32;
     uint32_t left =
         __ballot_sync(0xffffffffu, static_cast<uint32_t>(entry.id) < static_cast<uint32_t>(me.local_experts));
     if (left == 0) {
         return false;
     }
     float sum[8];
-    bool any = false;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        sum[j] = -0.0f;  // the number that adding to changes nothing, not even the sign of zero
+    }
     do {
-        const int count = __popc(left);
-        uint4 rows[kRowsAtOnce];
-        float weights[kRowsAtOnce];
-#pragma unroll
-        for (int i = 0; i < kRowsAtOnce; i++) {
-            // why without a branch: shuffles in one would each be code of their own
-            const int k = __ffs(left) - 1;
-            left &= left - 1;
-            weights[i] = __shfl_sync(0xffffffffu, entry.weight, k);
-            const int packed = __shfl_sync(0xffffffffu, entry.row, k);
-            rows[i] = piece.load(p, me.expert_out + static_cast<int64_t>(packed) * p.hidden_pad, i < count);
+        uint32_t to = ptx::shared_address(&staged[0][lane]);
+        uint32_t asked = left;
+#pragma unroll 1
+        for (int i = 0; i < kRowsAtOnce && asked != 0; i++) {
+            const int64_t packed = __shfl_sync(0xffffffffu, entry.row, __ffs(asked) - 1);
+            piece.copy(p, to, me.expert_out + packed * p.hidden_pad);
+            asked &= asked - 1;
+            to += sizeof staged[0];
         }
+        ptx::cp_async_commit();
+        ptx::cp_async_wait<0>();
+#pragma unroll 1
+        for (int i = 0; left != asked; i++) {
+            const float weight = __shfl_sync(0xffffffffu, entry.weight, __ffs(left) - 1);
+            float v[8];
+            unpack_bf16(v, staged[i][lane]);
 #pragma unroll
-        for (int i = 0; i < kRowsAtOnce; i++) {
-            if (i < count) {
-                float v[8];
-                unpack_bf16(v, rows[i]);
-#pragma unroll
-                for (int j = 0; j < 8; j++) {
-                    const float term = __fmul_rn(weights[i], v[j]);
-                    sum[j] = i > 0 || any ? __fadd_rn(sum[j], term) : term;
-                }
+            for (int j = 0; j < 8; j++) {
+                sum[j] = __fadd_rn(sum[j], __fmul_rn(weight, v[j]));
             }
+            left &= left - 1;
         }
-        any = true;
     } while (left != 0);
     result = pack_bf16(sum);
     return true;
@@ -183,8 +205,8 @@ struct SourceTokens {
 
     __device__ __forceinline__ SourceTokens(const StepParams& p, const int32_t* tokens) {
         const int lane = threadIdx.x % 32;
-        low = lane < p.num_ranks ? tokens[lane] : 0;
-        high = lane + 32 < p.num_ranks ? tokens[lane + 32] : 0;
+        low = tokens != nullptr && lane < p.num_ranks ? tokens[lane] : 0;
+        high = tokens != nullptr && lane + 32 < p.num_ranks ? tokens[lane + 32] : 0;
     }
     __device__ __forceinline__ void keep(uint64_t members) {
         const int lane = threadIdx.x % 32;
@@ -388,46 +410,38 @@ __device__ __forceinline__ void wait_for_flags(const StepParams& p, const Here& 
     }
 }
 
-// The units of a warp: first its pieces of rows for other ranks (if somebody else sums, also for its own),
-// then its pieces of sums. Tokens ascend; a unit of sends is (token, source, piece), one of sums (token, piece).
-// why in this order: nobody waits before it has sent, so a wait is for warps that wait for nobody
+// What the last CTA does: flags for the peers, everything that the host reads, the wait for the peers'
+// flags. Once per kernel and CTA.
 template <bool kPeers, bool kSend, bool kRecv>
-struct Units {
-    static constexpr bool kSends = kPeers && kSend;
-    int sources;
-    int pieces;
-    UnitDivider by_sources;
-    UnitDivider by_pieces;
-    int stride;
-    int first_send;
-    int first_sum;
-
-    __device__ __forceinline__ Units(const StepParams& p, int ctas)
-        : sources(kRecv ? p.num_ranks - 1 : p.num_ranks),
-          pieces(ResultPiece<kPeers>::count(p)),
-          by_sources(max(sources, 1)),
-          by_pieces(pieces),
-          stride(ctas * kSumWarps) {
-        const int warp = uniform(static_cast<int>(threadIdx.x / 32)) * ctas + static_cast<int>(blockIdx.x);
-        first_send = kSends && sources > 0 ? warp : 1 << 30;
-        // why from the middle: in a small step other warps sum than send
-        first_sum = !kRecv ? 1 << 30 : kSends && warp < stride / 2 ? warp + stride - stride / 2 : warp - (kSends ? stride / 2 : 0);
-    }
-    __device__ __forceinline__ void locate(const Here& me, bool sends, int unit, int& token, int& source,
-                                           int& piece) const {
-        const int row = by_pieces.quotient(unit);
-        piece = unit - row * pieces;
-        token = row;
-        source = me.rank;
-        if (sends) {
-            token = by_sources.quotient(row);
-            source = row - token * sources;
-            source += kRecv && source >= me.rank ? 1 : 0;
+__device__ __noinline__ void tell_of_step(const StepParams& p, const Here& me, int32_t* rows) {
+    const uint64_t epoch = me.epoch[kThisStep];
+    const uint64_t members = *me.members;
+    const bool silent = has_fault(me);
+    if (kPeers && kSend && threadIdx.x < p.num_ranks) {
+        // What the peers sent was copied by the dispatch kernel, which has ended
+        if (silent) {
+            tell_peer(p, me, threadIdx.x);
+        } else if (is_member(members, threadIdx.x)) {
+            ptx::store_relaxed_sys(me.of(p, threadIdx.x).combine_flags() + me.rank, epoch);
         }
     }
-};
+    if (!kRecv) {
+        return;
+    }
+    if (!silent) {
+        publish_step(p, me, members, rows, epoch);
+    }
+    if (threadIdx.x == 0) {
+        me.epoch[kLastStep] = epoch;
+    }
+    if (kPeers && threadIdx.x < 32) {
+        wait_for_flags(p, me, epoch, members);
+    }
+    __syncwarp();
+}
 
 struct CombineShared {
+    StagedRows staged[kSumWarps];
     Here here;
     int32_t rows[kMaxRanks];  // tokens of a source with an expert here
 };
@@ -441,115 +455,103 @@ __device__ __forceinline__ void combine(const StepParams& p, CombineShared& shar
     load_here(shared.here, p);
     const Here& me = shared.here;
     const Symmetric mine = me.own(p);
-    const bool tells = blockIdx.x == gridDim.x - 1;
-    const int moving = static_cast<int>(kRecv && gridDim.x > 1 ? gridDim.x - 1 : gridDim.x);
-    const bool moves = static_cast<int>(blockIdx.x) < moving;
-    const Units<kPeers, kSend, kRecv> units(p, moving);
+
+    // Units in the order of tokens: of sends (token, source, piece), of sums (token, piece).
+    // why a warp has one kind: a sum waits for peers, and no peer may wait for what this warp has not sent
+    const int warp_of_cta = uniform(static_cast<int>(threadIdx.x / 32));
+    const int moving = static_cast<int>(gridDim.x > 1 ? gridDim.x - 1 : gridDim.x);
+    const int warps = moving * kSumWarps;
+    const int senders = !kSends ? 0 : kRecv ? warps / 2 : warps;
+    const int warp = warp_of_cta * moving + static_cast<int>(blockIdx.x);
+    const bool sends = kSends && warp < senders;
+    const int stride = sends ? senders : warps - senders;
+    const int sources = !sends ? 1 : kRecv ? p.num_ranks - 1 : p.num_ranks;
+    const int pieces = ResultPiece<kPeers>::count(p);
+    const UnitDivider by_sources(max(sources, 1));
+    const UnitDivider by_pieces(pieces);
+    auto locate = [&](int unit, int& token, int& source, int& at) {
+        const int row = by_pieces.quotient(unit);
+        at = unit - row * pieces;
+        token = by_sources.quotient(row);
+        source = me.rank;
+        if (sends) {
+            source = row - token * sources;
+            source += kRecv && source >= me.rank ? 1 : 0;
+        }
+    };
+    int unit = sends ? warp : warp - senders;
+    int token, source, at;
+    locate(unit, token, source, at);
     const bool plain = me.shared_out == nullptr && me.accumulate == 0 && p.out_dtype == kBF16 &&
                        rows_are_vectors(me.out, p.hidden, kBF16);
-    bool sends = kSends;  // then sums
-    int unit = kSends ? units.first_send : units.first_sum;
-    int token, source, at, first_token;
-    units.locate(me, false, units.first_sum, first_token, source, at);
-    units.locate(me, kSends, unit, token, source, at);
 #ifdef V_EARLY
     ptx::allow_next_grid();
 #endif
     ptx::wait_for_previous_grid();
     TRACE_TIME(6)
     TRACE(0)
+    if (blockIdx.x == gridDim.x - 1) {
+        tell_of_step<kPeers, kSend, kRecv>(p, me, shared.rows);
+        TRACE(5)
+        if (gridDim.x > 1) {
+            return;
+        }
+    }
 
     // One round of loads, none of which depends on another
-    const bool silent = __any_sync(0xffffffffu, has_fault(me));
+    const bool fault = has_fault(me);
     const uint64_t epoch = me.epoch[kThisStep];
     const uint64_t members = *me.members;
+    SourceTokens tokens(p, sends ? mine.recv_tokens() : nullptr);
     const int home_tokens = *me.home_tokens;
-    SourceTokens tokens(p, mine.recv_tokens());
-    const bool first_inside = kRecv && moves && first_token < p.max_tokens;
-    SlotEntry entry(p, me, mine, source, token, kSends && moves && token < p.max_tokens);
-    const SlotEntry first_own(p, me, mine, me.rank, first_token, kSend && first_inside);
-    const uint64_t first_ranks = first_inside ? me.home_mask[first_token] : 0;
+    const bool inside = sources > 0 && token < p.max_tokens;
+    SlotEntry entry(p, me, mine, source, token, kSend && inside);
+    uint64_t ranks = !sends && inside ? me.home_mask[token] : 0;
     tokens.keep(members);
-
-    if (tells && kSends && threadIdx.x < p.num_ranks) {
-        // What the peers sent was copied by the dispatch kernel, which has ended
-        if (silent) {
-            tell_peer(p, me, threadIdx.x);
-        } else if (is_member(members, threadIdx.x)) {
-            ptx::store_relaxed_sys(me.of(p, threadIdx.x).combine_flags() + me.rank, epoch);
-        }
-    }
     TRACE(1)
-    if (tells && kRecv) {
-        if (!silent) {
-            publish_step(p, me, members, shared.rows, epoch);
-        }
-        if (threadIdx.x == 0) {
-            me.epoch[kLastStep] = epoch;
-        }
+    if (__any_sync(0xffffffffu, fault)) {
+        return;
     }
-    TRACE(2)
-    if (moves && !silent) {
-        const int send_units = kSends ? min(tokens.most(), p.max_tokens) * units.sources * units.pieces : 0;
-        const int sum_units = kRecv ? uniform(home_tokens) * units.pieces : 0;
-        uint64_t ranks = uniform(first_ranks);
-        if (!kSends) {
-            entry = first_own;
-        }
-        while (true) {
-            if (sends && unit >= send_units) {
-                sends = false;
-                unit = units.first_sum;
-                entry = first_own;
-                TRACE(3)
-            }
-            if (!sends && unit >= sum_units) {
-                break;
-            }
-            units.locate(me, sends, unit, token, source, at);
-            // The next unit's entry comes while this one's rows do
-            unit += units.stride;
-            const bool another = unit < (sends ? send_units : sum_units);
-            int next_token, next_source, next_at;
-            units.locate(me, sends, unit, next_token, next_source, next_at);
-            const SlotEntry next(p, me, mine, next_source, next_token, kSend && another);
-            const uint64_t next_ranks = another && !sends ? me.home_mask[next_token] : 0;
-            if (sends && token >= tokens.of(source)) {
-                entry.id = -1;
-            }
+    const int units = (sends ? min(tokens.most(), p.max_tokens) : uniform(home_tokens)) * sources * pieces;
+    for (; unit < units; unit += stride) {
+        locate(unit, token, source, at);
+        // The next unit's entry comes while this one's rows do
+        const bool another = unit + stride < units;
+        int next_token, next_source, next_at;
+        locate(unit + stride, next_token, next_source, next_at);
+        const SlotEntry next(p, me, mine, next_source, next_token, kSend && another);
+        const uint64_t next_ranks = another && !sends ? me.home_mask[next_token] : 0;
 
-            const ResultPiece<kPeers> piece(p, at);
-            uint4 row = make_uint4(0, 0, 0, 0);
-            bool has = false;
-            if (kSend) {
-                has = weighted_piece<kPeers>(p, me, entry, piece, row);
-            } else if (is_member(ranks, me.rank)) {
-                row = piece.load(p, mine.combine_row(mine.slot(me.rank, token)));
-            }
-            if (sends) {
-                if (has && !kRecv && source == me.rank) {
-                    piece.store(p, mine.combine_row(mine.slot(source, token)), row);
-                } else if (has) {
-                    store_lines(Lines(p, me, source).result(me.rank, token) + piece.byte,
-                                with_epoch(row, piece.tail, epoch), piece.inside);
-                }
-            } else {
-                PieceSum sum = {{0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f}};
-                if (!add_ranks<kPeers, kSend>(p, me, token, piece, epoch, ranks, row, sum.v)) {
-                    break;
-                }
-                store_out<kPeers>(p, me, token, at, piece, sum, plain);
-                ranks = uniform(next_ranks);
-            }
-            entry = next;
+        const ResultPiece<kPeers> piece(p, at);
+        uint4 row = make_uint4(0, 0, 0, 0);
+        bool has = !sends || token < tokens.of(source);
+        if (kSend) {
+            entry.id = has ? entry.id : -1;
+            has = weighted_piece<kPeers>(p, me, shared.staged[warp_of_cta], entry, piece, row);
+        } else if (is_member(uniform(ranks), me.rank)) {
+            row = piece.load(p, mine.combine_row(mine.slot(me.rank, token)));
         }
+        TRACE(2)
+        if (sends) {
+            if (has && !kRecv && source == me.rank) {  // the kernel that sums takes it from there
+                piece.store(p, mine.combine_row(mine.slot(source, token)), row);
+            } else if (has) {
+                store_lines(Lines(p, me, source).result(me.rank, token) + piece.byte,
+                            with_epoch(row, piece.tail, epoch), piece.inside);
+            }
+            TRACE(3)
+        } else if (kRecv) {
+            PieceSum sum = {{0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f}};
+            if (!add_ranks<kPeers, kSend>(p, me, token, piece, epoch, uniform(ranks), row, sum.v)) {
+                return;
+            }
+            TRACE(3)
+            store_out<kPeers>(p, me, token, at, piece, sum, plain);
+        }
+        entry = next, ranks = next_ranks;
     }
     TRACE(4)
     TRACE_TIME(7)
-    if (tells && kPeers && kRecv && threadIdx.x < 32) {
-        wait_for_flags(p, me, epoch, members);
-    }
-    TRACE(5)
 }
 
 }  // namespace moe

@@ -75,29 +75,6 @@ __device__ __forceinline__ void add_release_gpu(uint32_t* address, uint32_t valu
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
-// Zero where not wanted. why an instruction and no branch: the compiler makes one of each of several loads,
-// and they would no longer be under way together
-__device__ __forceinline__ uint4 load_if(const uint4* address, bool wanted) {
-    uint4 value;
-    asm volatile(
-        "{\n.reg .pred wanted;\nsetp.ne.u32 wanted, %5, 0;\n"
-        "mov.u32 %0, 0;\nmov.u32 %1, 0;\nmov.u32 %2, 0;\nmov.u32 %3, 0;\n"
-        "@wanted ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-        : "=&r"(value.x), "=&r"(value.y), "=&r"(value.z), "=&r"(value.w)
-        : "l"(address), "r"(static_cast<uint32_t>(wanted)));
-    return value;
-}
-
-__device__ __forceinline__ uint2 load_if(const uint2* address, bool wanted) {
-    uint2 value;
-    asm volatile(
-        "{\n.reg .pred wanted;\nsetp.ne.u32 wanted, %3, 0;\nmov.u32 %0, 0;\nmov.u32 %1, 0;\n"
-        "@wanted ld.global.v2.u32 {%0, %1}, [%2];\n}"
-        : "=&r"(value.x), "=&r"(value.y)
-        : "l"(address), "r"(static_cast<uint32_t>(wanted)));
-    return value;
-}
-
 // Brings a line to this multiprocessor; nothing waits for it.
 __device__ __forceinline__ void prefetch_l1(const void* address) {
     asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
