@@ -985,8 +985,8 @@ void trace_pairs(int gpus) {
                     std::printf(" %d: %lld..%lld..%lld", i, d[0], d[d.size() / 2], d.back());
                 }
             }
-            std::printf(" | last CTA, warps 0, 1:");
-            for (int w : {0, 1}) std::printf(" %lld", t[ctas - 1][w][5] - t[ctas - 1][w][0]);
+            std::printf(" | last CTA, warps 0, 1, 2, 3, 11, 12:");
+            for (int w : {0, 1, 2, 3, 11, 12}) std::printf(" %lld", t[ctas - 1][w][5] - t[ctas - 1][w][0]);
             std::printf("\n");
         }
     }

@@ -96,14 +96,13 @@ struct ResultPiece {
         const uint2 high = has_high(p) ? *reinterpret_cast<const uint2*>(from + 2) : zero;
         return make_uint4(low.x, low.y, high.x, high.y);
     }
-    // The same to shared memory, asynchronously.
-    __device__ __forceinline__ void copy(const StepParams& p, uint32_t to_shared, const __nv_bfloat16* row) const {
-        const uint32_t* from = reinterpret_cast<const uint32_t*>(row) + word;
+    // The same to shared memory, asynchronously, from where this lane's part of the row begins.
+    __device__ __forceinline__ void copy(const StepParams& p, uint32_t to_shared, const uint8_t* from) const {
         if (!kPeers) {
             ptx::cp_async_16(to_shared, from, inside);
         } else {
             ptx::cp_async_8(to_shared, from, has_low(p));
-            ptx::cp_async_8(to_shared + 8, from + 2, has_high(p));
+            ptx::cp_async_8(to_shared + 8, from + 8, has_high(p));
         }
     }
     __device__ __forceinline__ void store(const StepParams& p, __nv_bfloat16* row, uint4 v) const {
@@ -154,49 +153,71 @@ struct SlotEntry {
 // Rows that a warp waits for, each lane for its own 16 bytes.
 using StagedRows = uint4[kRowsAtOnce][32];
 
-// The experts' rows of a slot, weighted and summed in k order in float32, as bf16. False: it has none.
+// The experts' rows of a slot, weighted and summed in k order in float32, as bf16: asked for by ask, computed
+// by take, so that what comes between does not wait for them.
 template <bool kPeers>
-__device__ __forceinline__ bool weighted_piece(const StepParams& p, const Here& me, StagedRows& staged,
-                                               const SlotEntry& entry, const ResultPiece<kPeers>& piece,
-                                               uint4& result) {
-    const int lane = threadIdx.x % 32;
-    uint32_t left =
-        __ballot_sync(0xffffffffu, static_cast<uint32_t>(entry.id) < static_cast<uint32_t>(me.local_experts));
-    if (left == 0) {
-        return false;
-    }
-    float sum[8];
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-        sum[j] = -0.0f;  // the number that adding to changes nothing, not even the sign of zero
-    }
-    do {
-        uint32_t to = ptx::shared_address(&staged[0][lane]);
-        uint32_t asked = left;
+struct WeightedPiece {
+    const StepParams& p;
+    const Here& me;
+    StagedRows& staged;
+    float weight;
+    int row;
+    uint32_t left;   // bit k: the slot's k-th expert is on this rank
+    uint32_t unasked;
+
+    __device__ __forceinline__ WeightedPiece(const StepParams& p, const Here& me, StagedRows& staged)
+        : p(p), me(me), staged(staged) {}
+
+    __device__ __forceinline__ void copy_rows(const ResultPiece<kPeers>& piece) {
+        uint32_t to = ptx::shared_address(&staged[0][threadIdx.x % 32]);
+        const uint8_t* base = reinterpret_cast<const uint8_t*>(me.expert_out) + 4 * static_cast<int64_t>(piece.word);
+        const uint32_t row_bytes = 2 * p.hidden_pad;
 #pragma unroll 1
-        for (int i = 0; i < kRowsAtOnce && asked != 0; i++) {
-            const int64_t packed = __shfl_sync(0xffffffffu, entry.row, __ffs(asked) - 1);
-            piece.copy(p, to, me.expert_out + packed * p.hidden_pad);
-            asked &= asked - 1;
+        for (int i = 0; i < kRowsAtOnce && unasked != 0; i++) {
+            const uint32_t packed = __shfl_sync(0xffffffffu, row, __ffs(unasked) - 1);
+            piece.copy(p, to, base + static_cast<uint64_t>(packed) * row_bytes);
+            unasked &= unasked - 1;
             to += sizeof staged[0];
         }
         ptx::cp_async_commit();
-        ptx::cp_async_wait<0>();
-#pragma unroll 1
-        for (int i = 0; left != asked; i++) {
-            const float weight = __shfl_sync(0xffffffffu, entry.weight, __ffs(left) - 1);
-            float v[8];
-            unpack_bf16(v, staged[i][lane]);
+    }
+    __device__ __forceinline__ void ask(const SlotEntry& entry, const ResultPiece<kPeers>& piece) {
+        weight = entry.weight;
+        row = entry.row;
+        left = __ballot_sync(0xffffffffu, static_cast<uint32_t>(entry.id) < static_cast<uint32_t>(me.local_experts));
+        unasked = left;
+        copy_rows(piece);
+    }
+    // False: the slot has no expert here.
+    __device__ __forceinline__ bool take(const ResultPiece<kPeers>& piece, uint4& result) {
+        const bool any = left != 0;
+        float sum[8];
 #pragma unroll
-            for (int j = 0; j < 8; j++) {
-                sum[j] = __fadd_rn(sum[j], __fmul_rn(weight, v[j]));
-            }
-            left &= left - 1;
+        for (int j = 0; j < 8; j++) {
+            sum[j] = -0.0f;  // the number that adding to changes nothing, not even the sign of zero
         }
-    } while (left != 0);
-    result = pack_bf16(sum);
-    return true;
-}
+        while (true) {
+            ptx::cp_async_wait<0>();
+            const uint4* at = &staged[0][threadIdx.x % 32];
+#pragma unroll 1
+            for (; left != unasked; left &= left - 1, at += 32) {
+                const float factor = __shfl_sync(0xffffffffu, weight, __ffs(left) - 1);
+                float v[8];
+                unpack_bf16(v, *at);
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    sum[j] = __fadd_rn(sum[j], __fmul_rn(factor, v[j]));
+                }
+            }
+            if (left == 0) {
+                break;
+            }
+            copy_rows(piece);
+        }
+        result = pack_bf16(sum);
+        return any;
+    }
+};
 
 // T of every source, lane by lane, 0 if it is no member.
 struct SourceTokens {
@@ -410,48 +431,72 @@ __device__ __forceinline__ void wait_for_flags(const StepParams& p, const Here& 
     }
 }
 
-// What the last CTA does: flags for the peers, everything that the host reads, the wait for the peers'
-// flags. Once per kernel and CTA.
+// What the last CTA does, each warp its own: flags for the peers and the wait for theirs, and everything that
+// the host reads. The step may still fail: what becomes of valid_epoch and steps then is the host's
+// (docs/ordering.md).
 template <bool kPeers, bool kSend, bool kRecv>
-__device__ __noinline__ void tell_of_step(const StepParams& p, const Here& me, int32_t* rows) {
+__device__ __noinline__ void tell_of_step(const StepParams& p, const Here& me) {
+    constexpr int kFirstOfExperts = 3;
+    constexpr int kFirstOfSources = 11;
+    const int warp = static_cast<int>(threadIdx.x / 32);
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const Symmetric mine = me.own(p);
     const uint64_t epoch = me.epoch[kThisStep];
     const uint64_t members = *me.members;
     const bool silent = has_fault(me);
-    if (kPeers && kSend && threadIdx.x < p.num_ranks) {
+#ifdef V_NOPIN
+    if (warp != 0) return;
+#endif
+    if (kPeers && kSend && warp == 0) {
         // What the peers sent was copied by the dispatch kernel, which has ended
-        if (silent) {
-            tell_peer(p, me, threadIdx.x);
-        } else if (is_member(members, threadIdx.x)) {
-            ptx::store_relaxed_sys(me.of(p, threadIdx.x).combine_flags() + me.rank, epoch);
+        for (int rank = lane; rank < p.num_ranks; rank += 32) {
+            if (silent) {
+                tell_peer(p, me, rank);
+            } else if (is_member(members, rank)) {
+                ptx::store_relaxed_sys(me.of(p, rank).combine_flags() + me.rank, epoch);
+            }
         }
     }
-    if (!kRecv) {
-        return;
+    if (kRecv && warp == 0) {
+#ifdef V_NOPIN
+        if (lane == 0) me.epoch[kLastStep] = epoch;
+#else
+        if (!silent) {
+            publish_peers(p, me);
+        }
+#endif
+        if (kPeers) {
+            wait_for_flags(p, me, epoch, members);
+        }
+        __syncwarp();
+    } else if (kRecv && warp == 1) {
+        if (!silent) {
+            publish_counters(me, epoch);
+        }
+    } else if (kRecv && warp == 2) {
+        if (lane == 0) {
+            me.epoch[kLastStep] = epoch;
+        }
+    } else if (kRecv && warp < kFirstOfSources) {
+        if (!silent) {
+            add_received(p, me, mine, static_cast<int>(threadIdx.x) - kFirstOfExperts * 32,
+                         (kFirstOfSources - kFirstOfExperts) * 32);
+        }
+    } else if (kRecv && !silent) {
+        for (int source = warp - kFirstOfSources; source < p.num_ranks; source += kSumWarps - kFirstOfSources) {
+            publish_rows(p, me, mine, source, is_member(members, source));
+        }
     }
-    if (!silent) {
-        publish_step(p, me, members, rows, epoch);
-    }
-    if (threadIdx.x == 0) {
-        me.epoch[kLastStep] = epoch;
-    }
-    if (kPeers && threadIdx.x < 32) {
-        wait_for_flags(p, me, epoch, members);
-    }
-    __syncwarp();
 }
 
 struct CombineShared {
     StagedRows staged[kSumWarps];
     Here here;
-    int32_t rows[kMaxRanks];  // tokens of a source with an expert here
 };
 
 template <bool kPeers, bool kSend, bool kRecv>
 __device__ __forceinline__ void combine(const StepParams& p, CombineShared& shared) {
     constexpr bool kSends = kPeers && kSend;
-    if (kRecv && threadIdx.x < kMaxRanks) {
-        shared.rows[threadIdx.x] = 0;
-    }
     load_here(shared.here, p);
     const Here& me = shared.here;
     const Symmetric mine = me.own(p);
@@ -491,7 +536,7 @@ __device__ __forceinline__ void combine(const StepParams& p, CombineShared& shar
     TRACE_TIME(6)
     TRACE(0)
     if (blockIdx.x == gridDim.x - 1) {
-        tell_of_step<kPeers, kSend, kRecv>(p, me, shared.rows);
+        tell_of_step<kPeers, kSend, kRecv>(p, me);
         TRACE(5)
         if (gridDim.x > 1) {
             return;
@@ -513,25 +558,32 @@ __device__ __forceinline__ void combine(const StepParams& p, CombineShared& shar
         return;
     }
     const int units = (sends ? min(tokens.most(), p.max_tokens) : uniform(home_tokens)) * sources * pieces;
+    WeightedPiece<kPeers> weighted(p, me, shared.staged[warp_of_cta]);
+    if (kSend && unit < units) {
+        entry.id = !sends || token < tokens.of(source) ? entry.id : -1;
+        weighted.ask(entry, ResultPiece<kPeers>(p, at));
+    }
     for (; unit < units; unit += stride) {
-        locate(unit, token, source, at);
-        // The next unit's entry comes while this one's rows do
         const bool another = unit + stride < units;
         int next_token, next_source, next_at;
         locate(unit + stride, next_token, next_source, next_at);
-        const SlotEntry next(p, me, mine, next_source, next_token, kSend && another);
+        SlotEntry next(p, me, mine, next_source, next_token, kSend && another);
         const uint64_t next_ranks = another && !sends ? me.home_mask[next_token] : 0;
 
         const ResultPiece<kPeers> piece(p, at);
         uint4 row = make_uint4(0, 0, 0, 0);
-        bool has = !sends || token < tokens.of(source);
+        bool has = false;
         if (kSend) {
-            entry.id = has ? entry.id : -1;
-            has = weighted_piece<kPeers>(p, me, shared.staged[warp_of_cta], entry, piece, row);
+            has = weighted.take(piece, row);
         } else if (is_member(uniform(ranks), me.rank)) {
             row = piece.load(p, mine.combine_row(mine.slot(me.rank, token)));
         }
         TRACE(2)
+        // The next unit's rows come while this one's are sent or waited for
+        if (kSend && another) {
+            next.id = !sends || next_token < tokens.of(next_source) ? next.id : -1;
+            weighted.ask(next, ResultPiece<kPeers>(p, next_at));
+        }
         if (sends) {
             if (has && !kRecv && source == me.rank) {  // the kernel that sums takes it from there
                 piece.store(p, mine.combine_row(mine.slot(source, token)), row);
@@ -548,7 +600,7 @@ __device__ __forceinline__ void combine(const StepParams& p, CombineShared& shar
             TRACE(3)
             store_out<kPeers>(p, me, token, at, piece, sum, plain);
         }
-        entry = next, ranks = next_ranks;
+        ranks = next_ranks, token = next_token, source = next_source, at = next_at;
     }
     TRACE(4)
     TRACE_TIME(7)

@@ -117,11 +117,13 @@ void moe_combine_recv(const __grid_constant__ moe::StepParams p) {
 
     if (arrive_is_last(me.arrivals + kCombineDone, arriving)) {
         if (!has_fault(me)) {
-            if (threadIdx.x < p.num_ranks) {
-                publish_peer(me, threadIdx.x, me.peer_totals[threadIdx.x * kPeerWords + kPeerRows]);
-            }
-            if (threadIdx.x == 0) {
+            if (threadIdx.x < 32) {
+                publish_peers(p, me);
+            } else if (threadIdx.x < 64) {
                 publish_counters(me, me.epoch[kThisStep]);
+            }
+            for (int peer = threadIdx.x; peer < p.num_ranks; peer += kOutThreads) {
+                me.stats[peer].rows_received = me.peer_totals[peer * kPeerWords + kPeerRows];
             }
             for (int i = threadIdx.x; i < p.num_ranks * p.experts_per_rank; i += kOutThreads) {
                 me.received_rows[i] = me.received_totals[i];
