@@ -96,14 +96,18 @@ struct ResultPiece {
         const uint2 high = has_high(p) ? *reinterpret_cast<const uint2*>(from + 2) : zero;
         return make_uint4(low.x, low.y, high.x, high.y);
     }
-    // The same to shared memory, asynchronously, from where this lane's part of the row begins.
-    __device__ __forceinline__ void copy(const StepParams& p, uint32_t to_shared, const uint8_t* from) const {
+    // The bytes of a row that a piece stands for, and their first.
+    static constexpr int kBytes = kPeers ? kWarpLines * kLineWords * 4 : 512;
+    // This lane's words of them, in shared memory.
+    __device__ __forceinline__ uint4 words_of(const uint8_t* staged) const {
+        const int lane = threadIdx.x % 32;
         if (!kPeers) {
-            ptx::cp_async_16(to_shared, from, inside);
-        } else {
-            ptx::cp_async_8(to_shared, from, has_low(p));
-            ptx::cp_async_8(to_shared + 8, from + 8, has_high(p));
+            return *reinterpret_cast<const uint4*>(staged + 16 * lane);
         }
+        const uint2* at = reinterpret_cast<const uint2*>(staged + lane / kLanesPerLine * kLineWords * 4 + lane % kLanesPerLine * 16);
+        const uint2 low = at[0];
+        const uint2 high = at[1];  // of the line's last lane it is the next line's, and not used
+        return make_uint4(low.x, low.y, high.x, high.y);
     }
     __device__ __forceinline__ void store(const StepParams& p, __nv_bfloat16* row, uint4 v) const {
         uint32_t* to = reinterpret_cast<uint32_t*>(row) + word;
@@ -150,7 +154,7 @@ struct SlotEntry {
     }
 };
 
-// Rows that a warp waits for, each lane for its own 16 bytes.
+// Pieces of rows that a warp waits for.
 using StagedRows = uint4[kRowsAtOnce][32];
 
 // The experts' rows of a slot, weighted and summed in k order in float32, as bf16: asked for by ask, computed
@@ -168,28 +172,31 @@ struct WeightedPiece {
     __device__ __forceinline__ WeightedPiece(const StepParams& p, const Here& me, StagedRows& staged)
         : p(p), me(me), staged(staged) {}
 
-    __device__ __forceinline__ void copy_rows(const ResultPiece<kPeers>& piece) {
-        uint32_t to = ptx::shared_address(&staged[0][threadIdx.x % 32]);
-        const uint8_t* base = reinterpret_cast<const uint8_t*>(me.expert_out) + 4 * static_cast<int64_t>(piece.word);
+    __device__ __forceinline__ void copy_rows(int at) {
+        const int lane = threadIdx.x % 32;
         const uint32_t row_bytes = 2 * p.hidden_pad;
+        const uint32_t offset = at * ResultPiece<kPeers>::kBytes + 16 * lane;
+        const bool valid = 16 * lane < ResultPiece<kPeers>::kBytes && offset < row_bytes;
+        const uint8_t* base = reinterpret_cast<const uint8_t*>(me.expert_out) + offset;
+        uint32_t to = ptx::shared_address(&staged[0][lane]);
 #pragma unroll 1
         for (int i = 0; i < kRowsAtOnce && unasked != 0; i++) {
             const uint32_t packed = __shfl_sync(0xffffffffu, row, __ffs(unasked) - 1);
-            piece.copy(p, to, base + static_cast<uint64_t>(packed) * row_bytes);
+            ptx::cp_async_16(to, base + static_cast<uint64_t>(packed) * row_bytes, valid);
             unasked &= unasked - 1;
             to += sizeof staged[0];
         }
         ptx::cp_async_commit();
     }
-    __device__ __forceinline__ void ask(const SlotEntry& entry, const ResultPiece<kPeers>& piece) {
+    __device__ __forceinline__ void ask(const SlotEntry& entry, int at) {
         weight = entry.weight;
         row = entry.row;
         left = __ballot_sync(0xffffffffu, static_cast<uint32_t>(entry.id) < static_cast<uint32_t>(me.local_experts));
         unasked = left;
-        copy_rows(piece);
+        copy_rows(at);
     }
     // False: the slot has no expert here.
-    __device__ __forceinline__ bool take(const ResultPiece<kPeers>& piece, uint4& result) {
+    __device__ __forceinline__ bool take(const ResultPiece<kPeers>& piece, int at, uint4& result) {
         const bool any = left != 0;
         float sum[8];
 #pragma unroll
@@ -198,21 +205,23 @@ struct WeightedPiece {
         }
         while (true) {
             ptx::cp_async_wait<0>();
-            const uint4* at = &staged[0][threadIdx.x % 32];
+            __syncwarp();  // other lanes have copied what this one reads
+            const uint8_t* from = reinterpret_cast<const uint8_t*>(staged);
 #pragma unroll 1
-            for (; left != unasked; left &= left - 1, at += 32) {
+            for (; left != unasked; left &= left - 1, from += sizeof staged[0]) {
                 const float factor = __shfl_sync(0xffffffffu, weight, __ffs(left) - 1);
                 float v[8];
-                unpack_bf16(v, *at);
+                unpack_bf16(v, piece.words_of(from));
 #pragma unroll
                 for (int j = 0; j < 8; j++) {
                     sum[j] = __fadd_rn(sum[j], __fmul_rn(factor, v[j]));
                 }
             }
+            __syncwarp();  // and may write again
             if (left == 0) {
                 break;
             }
-            copy_rows(piece);
+            copy_rows(at);
         }
         result = pack_bf16(sum);
         return any;
@@ -341,11 +350,24 @@ __device__ __noinline__ void finish_piece(const StepParams& p, const Here& me, i
     }
 }
 
-// Adds the rows of a token's ranks in rank order. False: a peer's lines did not come.
+// Asks for the lines of the first peer of a token's ranks.
+__device__ __forceinline__ uint4 ask_first(const StepParams& p, const Here& me, int token,
+                                           const ResultPiece<true>& piece, uint64_t ranks) {
+    const uint64_t peers = ranks & ~(1ull << me.rank);
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (peers != 0) {
+        const int rank = __ffsll(static_cast<long long>(peers)) - 1;
+        load_lines(v, Lines(p, me, me.rank).result(rank, token) + piece.byte, piece.inside);
+    }
+    return v;
+}
+
+// Adds the rows of a token's ranks in rank order. ahead: the first peer's lines as they were when they were
+// asked for. False: a peer's lines did not come.
 template <bool kPeers, bool kSend>
 __device__ __forceinline__ bool add_ranks(const StepParams& p, const Here& me, int token,
                                           const ResultPiece<kPeers>& piece, uint64_t epoch, uint64_t ranks,
-                                          uint4 own, float (&sum)[8]) {
+                                          uint4 own, uint4 ahead, float (&sum)[8]) {
     if constexpr (!kPeers) {
         if (ranks != 0) {
             add_8(sum, own, false);
@@ -353,19 +375,15 @@ __device__ __forceinline__ bool add_ranks(const StepParams& p, const Here& me, i
         return true;
     } else {
         const Lines lines(p, me, me.rank);
-        // The next peer's lines are asked for before this one's are waited for
         uint64_t peers = ranks & ~(1ull << me.rank);
-        uint4 ahead = make_uint4(0, 0, 0, 0);
         auto ask = [&](uint4& v, int rank) { load_lines(v, lines.result(rank, token) + piece.byte, piece.inside); };
-        if (peers != 0) {
-            ask(ahead, __ffsll(static_cast<long long>(peers)) - 1);
-        }
         bool any = false;
         for (uint64_t left = ranks; left != 0; left &= left - 1) {
             const int rank = __ffsll(static_cast<long long>(left)) - 1;
             uint4 row = own;
             if (rank != me.rank) {
                 row = ahead;
+                // The next peer's lines are asked for before this one's are waited for
                 peers &= peers - 1;
                 if (peers != 0) {
                     ask(ahead, __ffsll(static_cast<long long>(peers)) - 1);
@@ -506,7 +524,11 @@ __device__ __forceinline__ void combine(const StepParams& p, CombineShared& shar
     const int warp_of_cta = uniform(static_cast<int>(threadIdx.x / 32));
     const int moving = static_cast<int>(gridDim.x > 1 ? gridDim.x - 1 : gridDim.x);
     const int warps = moving * kSumWarps;
+#ifdef V_38
+    const int senders = !kSends ? 0 : kRecv ? (p.max_tokens * ResultPiece<kPeers>::count(p) * 2 > warps ? warps * 3 / 8 : warps / 2) : warps;
+#else
     const int senders = !kSends ? 0 : kRecv ? warps / 2 : warps;
+#endif
     const int warp = warp_of_cta * moving + static_cast<int>(blockIdx.x);
     const bool sends = kSends && warp < senders;
     const int stride = sends ? senders : warps - senders;
@@ -561,7 +583,7 @@ __device__ __forceinline__ void combine(const StepParams& p, CombineShared& shar
     WeightedPiece<kPeers> weighted(p, me, shared.staged[warp_of_cta]);
     if (kSend && unit < units) {
         entry.id = !sends || token < tokens.of(source) ? entry.id : -1;
-        weighted.ask(entry, ResultPiece<kPeers>(p, at));
+        weighted.ask(entry, at);
     }
     for (; unit < units; unit += stride) {
         const bool another = unit + stride < units;
@@ -572,17 +594,24 @@ __device__ __forceinline__ void combine(const StepParams& p, CombineShared& shar
 
         const ResultPiece<kPeers> piece(p, at);
         uint4 row = make_uint4(0, 0, 0, 0);
+        uint4 lines = make_uint4(0, 0, 0, 0);
+        if constexpr (kPeers && kRecv) {
+            if (!sends) {
+                ranks = uniform(ranks);
+                lines = ask_first(p, me, token, piece, ranks);
+            }
+        }
         bool has = false;
         if (kSend) {
-            has = weighted.take(piece, row);
-        } else if (is_member(uniform(ranks), me.rank)) {
+            has = weighted.take(piece, at, row);
+        } else if (is_member(ranks, me.rank)) {
             row = piece.load(p, mine.combine_row(mine.slot(me.rank, token)));
         }
         TRACE(2)
         // The next unit's rows come while this one's are sent or waited for
         if (kSend && another) {
             next.id = !sends || next_token < tokens.of(next_source) ? next.id : -1;
-            weighted.ask(next, ResultPiece<kPeers>(p, next_at));
+            weighted.ask(next, next_at);
         }
         if (sends) {
             if (has && !kRecv && source == me.rank) {  // the kernel that sums takes it from there
@@ -594,7 +623,7 @@ __device__ __forceinline__ void combine(const StepParams& p, CombineShared& shar
             TRACE(3)
         } else if (kRecv) {
             PieceSum sum = {{0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f}};
-            if (!add_ranks<kPeers, kSend>(p, me, token, piece, epoch, uniform(ranks), row, sum.v)) {
+            if (!add_ranks<kPeers, kSend>(p, me, token, piece, epoch, uniform(ranks), row, lines, sum.v)) {
                 return;
             }
             TRACE(3)

@@ -266,7 +266,7 @@ final class CudaHandle implements AutoCloseable {
 
     /** For tests as well: where the rows of source 0 and local expert 0 are told. */
     int receivedOffset(int rank) {
-        return (int) layout.pinned().offset("received_rows")
+        return (int) layout.pinned().offset("received")
                 + (rank - firstLocalRank) * ranks * config.expertsPerRank() * Long.BYTES;
     }
 

@@ -135,7 +135,7 @@ public final class DeviceLayout {
         pinned.add("errors", each + "64", local, DeviceStructs.ERROR_RECORD.size());
         pinned.add("counters", each + "64", local, DeviceStructs.SOFT_COUNTERS.size());
         pinned.add("peers", each + "R*64", local, r, DeviceStructs.PEER_STATS.size());
-        pinned.add("received_rows", each + "R*L*8", local, r, l, 8);
+        pinned.add("received", each + "R*L*8", local, r, l, 8);
     }
 
     private static long lines(long words) {
