@@ -952,47 +952,6 @@ double time_config(Config c, int tokens, Form form) {
     return us;
 }
 
-#ifdef V_TRACE
-// Where the time of the last combine of a graph goes: cycles after its wait for the kernel before.
-void trace_pairs(int gpus) {
-    for (int T : {1, 8, 128}) {
-        Config c;
-        c.G = c.R = gpus, c.K = 8, c.E = 256, c.H = 7168, c.M = T, c.wire = gpus == 1 ? moe::kRows : moe::kLines;
-        c.empty = c.direct = true, c.pairs = 16, c.variants = 1;
-        Group group(c);
-        for (int g = 0; g < c.G; g++) use(g), group.make_inputs(g, 11, 0, T), group.use_variant(g, 0), group.end(g);
-        std::printf("T %d: %.2f us\n", T, time_pair(group, kFused, 24));
-        for (int g = 0; g < c.G; g++) {
-            use(g);
-            static long long t[132][16][8];
-            CHECK_CUDA(cudaMemcpyFromSymbol(t, moe::g_trace, sizeof t));
-            const int ctas = static_cast<int>(group.combine_ctas());
-            long long begin = 1ll << 62, end = 0;
-            for (int b = 0; b < ctas; b++) for (int w = 0; w < 16; w++) begin = std::min(begin, t[b][w][6]), end = std::max(end, t[b][w][7]);
-            std::printf("  gpu %d, %d CTAs, %lld ns;", g, ctas, end - begin);
-            // Warps that send, warps that sum, those without a unit left out
-            const int moving = ctas - 1, senders = gpus > 1 ? moving * 16 / 2 : 0;
-            const int units = T * ((moe::combine_row_lines(7168) + 3) / 4);
-            for (int sums = gpus > 1 ? 0 : 1; sums < 2; sums++) {
-                std::printf(sums ? " | sums" : " sends");
-                for (int i = 1; i < 5; i++) {
-                    std::vector<long long> d;
-                    for (int b = 0; b < moving; b++) for (int w = 0; w < 16; w++) {
-                        const int warp = w * moving + b;
-                        if (sums ? warp >= senders && warp - senders < units : warp < senders && warp < units) d.push_back(t[b][w][i] - t[b][w][0]);
-                    }
-                    std::sort(d.begin(), d.end());
-                    std::printf(" %d: %lld..%lld..%lld", i, d[0], d[d.size() / 2], d.back());
-                }
-            }
-            std::printf(" | last CTA, warps 0, 1, 2, 3, 11, 12:");
-            for (int w : {0, 1, 2, 3, 11, 12}) std::printf(" %lld", t[ctas - 1][w][5] - t[ctas - 1][w][0]);
-            std::printf("\n");
-        }
-    }
-}
-#endif
-
 void time_pairs(int gpus) {
     const struct { int H, E, T; } cases[] = {{7168, 256, 1}, {7168, 256, 8}, {7168, 256, 32}, {7168, 256, 128},
                                              {2048, 128, 1}, {2048, 128, 32}, {2048, 128, 128}};
@@ -1082,9 +1041,6 @@ int main(int argc, char** argv) {
     else if (mode == "time") time_all(gpus, false, false);
     else if (mode == "sweep") time_all(gpus, true, false);
     else if (mode == "pairs") time_pairs(gpus);
-#ifdef V_TRACE
-    else if (mode == "trace") trace_pairs(gpus);
-#endif
     else if (mode == "sizes") time_all(gpus, false, true);
     std::printf("%s: %ld checks, %d failed\n", g_failed ? "FAILED" : "ok", g_checked.load(), g_failed.load());
     return g_failed ? 1 : 0;

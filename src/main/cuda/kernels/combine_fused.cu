@@ -23,26 +23,9 @@
 
 namespace moe {
 
-#ifndef V_THREADS
-#define V_THREADS 512
-#endif
-constexpr int kSumThreads = V_THREADS;
+constexpr int kSumThreads = 512;
 constexpr int kSumWarps = kSumThreads / 32;
-#ifdef V_TRACE
-__device__ long long g_trace[132][16][8];
-#define TRACE(i) if (threadIdx.x % 32 == 0) g_trace[blockIdx.x][threadIdx.x / 32][i] = clock64();
-#define TRACE_TIME(i) if (threadIdx.x % 32 == 0) g_trace[blockIdx.x][threadIdx.x / 32][i] = ptx::globaltimer_ns();
-#else
-#define TRACE(i)
-#define TRACE_TIME(i)
-#endif
-#ifndef V_CTAS
-#define V_CTAS 1
-#endif
-#ifndef V_ROWS
-#define V_ROWS 5
-#endif
-constexpr int kRowsAtOnce = V_ROWS;  // of a slot's experts that a warp has in shared memory
+constexpr int kRowsAtOnce = 5;  // of a slot's experts that a warp has in shared memory
 
 // Divides units, which are below 2^32 / divisor, by a number that no step changes.
 struct UnitDivider {
@@ -462,9 +445,6 @@ __device__ __noinline__ void tell_of_step(const StepParams& p, const Here& me) {
     const uint64_t epoch = me.epoch[kThisStep];
     const uint64_t members = *me.members;
     const bool silent = has_fault(me);
-#ifdef V_NOPIN
-    if (warp != 0) return;
-#endif
     if (kPeers && kSend && warp == 0) {
         // What the peers sent was copied by the dispatch kernel, which has ended
         for (int rank = lane; rank < p.num_ranks; rank += 32) {
@@ -476,13 +456,9 @@ __device__ __noinline__ void tell_of_step(const StepParams& p, const Here& me) {
         }
     }
     if (kRecv && warp == 0) {
-#ifdef V_NOPIN
-        if (lane == 0) me.epoch[kLastStep] = epoch;
-#else
         if (!silent) {
             publish_peers(p, me);
         }
-#endif
         if (kPeers) {
             wait_for_flags(p, me, epoch, members);
         }
@@ -524,11 +500,7 @@ __device__ __forceinline__ void combine(const StepParams& p, CombineShared& shar
     const int warp_of_cta = uniform(static_cast<int>(threadIdx.x / 32));
     const int moving = static_cast<int>(gridDim.x > 1 ? gridDim.x - 1 : gridDim.x);
     const int warps = moving * kSumWarps;
-#ifdef V_38
-    const int senders = !kSends ? 0 : kRecv ? (p.max_tokens * ResultPiece<kPeers>::count(p) * 2 > warps ? warps * 3 / 8 : warps / 2) : warps;
-#else
     const int senders = !kSends ? 0 : kRecv ? warps / 2 : warps;
-#endif
     const int warp = warp_of_cta * moving + static_cast<int>(blockIdx.x);
     const bool sends = kSends && warp < senders;
     const int stride = sends ? senders : warps - senders;
@@ -551,15 +523,9 @@ __device__ __forceinline__ void combine(const StepParams& p, CombineShared& shar
     locate(unit, token, source, at);
     const bool plain = me.shared_out == nullptr && me.accumulate == 0 && p.out_dtype == kBF16 &&
                        rows_are_vectors(me.out, p.hidden, kBF16);
-#ifdef V_EARLY
-    ptx::allow_next_grid();
-#endif
     ptx::wait_for_previous_grid();
-    TRACE_TIME(6)
-    TRACE(0)
     if (blockIdx.x == gridDim.x - 1) {
         tell_of_step<kPeers, kSend, kRecv>(p, me);
-        TRACE(5)
         if (gridDim.x > 1) {
             return;
         }
@@ -575,7 +541,6 @@ __device__ __forceinline__ void combine(const StepParams& p, CombineShared& shar
     SlotEntry entry(p, me, mine, source, token, kSend && inside);
     uint64_t ranks = !sends && inside ? me.home_mask[token] : 0;
     tokens.keep(members);
-    TRACE(1)
     if (__any_sync(0xffffffffu, fault)) {
         return;
     }
@@ -607,7 +572,6 @@ __device__ __forceinline__ void combine(const StepParams& p, CombineShared& shar
         } else if (is_member(ranks, me.rank)) {
             row = piece.load(p, mine.combine_row(mine.slot(me.rank, token)));
         }
-        TRACE(2)
         // The next unit's rows come while this one's are sent or waited for
         if (kSend && another) {
             next.id = !sends || next_token < tokens.of(next_source) ? next.id : -1;
@@ -620,42 +584,38 @@ __device__ __forceinline__ void combine(const StepParams& p, CombineShared& shar
                 store_lines(Lines(p, me, source).result(me.rank, token) + piece.byte,
                             with_epoch(row, piece.tail, epoch), piece.inside);
             }
-            TRACE(3)
         } else if (kRecv) {
             PieceSum sum = {{0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f}};
             if (!add_ranks<kPeers, kSend>(p, me, token, piece, epoch, uniform(ranks), row, lines, sum.v)) {
                 return;
             }
-            TRACE(3)
             store_out<kPeers>(p, me, token, at, piece, sum, plain);
         }
         ranks = next_ranks, token = next_token, source = next_source, at = next_at;
     }
-    TRACE(4)
-    TRACE_TIME(7)
 }
 
 }  // namespace moe
 
-extern "C" __global__ __launch_bounds__(moe::kSumThreads, V_CTAS)
+extern "C" __global__ __launch_bounds__(moe::kSumThreads, 1)
 void moe_combine_local(const __grid_constant__ moe::StepParams p) {
     __shared__ moe::CombineShared shared;
     moe::combine<false, true, true>(p, shared);
 }
 
-extern "C" __global__ __launch_bounds__(moe::kSumThreads, V_CTAS)
+extern "C" __global__ __launch_bounds__(moe::kSumThreads, 1)
 void moe_combine_lines(const __grid_constant__ moe::StepParams p) {
     __shared__ moe::CombineShared shared;
     moe::combine<true, true, true>(p, shared);
 }
 
-extern "C" __global__ __launch_bounds__(moe::kSumThreads, V_CTAS)
+extern "C" __global__ __launch_bounds__(moe::kSumThreads, 1)
 void moe_combine_send_lines(const __grid_constant__ moe::StepParams p) {
     __shared__ moe::CombineShared shared;
     moe::combine<true, true, false>(p, shared);
 }
 
-extern "C" __global__ __launch_bounds__(moe::kSumThreads, V_CTAS)
+extern "C" __global__ __launch_bounds__(moe::kSumThreads, 1)
 void moe_combine_recv_lines(const __grid_constant__ moe::StepParams p) {
     __shared__ moe::CombineShared shared;
     moe::combine<true, false, true>(p, shared);
