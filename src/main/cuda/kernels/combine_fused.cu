@@ -13,7 +13,7 @@
 // read all that its peers sent in this step, tells the host of the step while rows travel, and waits for
 // the peers' flags. Nothing comes after a CTA's last row: no arrival, no release.
 //
-// why loops, not unrolled, and so much in functions: a kernel's instructions are fetched anew in each step
+// why loops over rows in shared memory: unrolled over registers it is no faster, and spills
 #include "../comm/lines.cuh"
 #include "../comm/publish.cuh"
 #include "../comm/signal.cuh"
@@ -79,7 +79,7 @@ struct ResultPiece {
         const uint2 high = has_high(p) ? *reinterpret_cast<const uint2*>(from + 2) : zero;
         return make_uint4(low.x, low.y, high.x, high.y);
     }
-    // The bytes of a row that a piece stands for, and their first.
+    // The bytes of a row that a piece stands for.
     static constexpr int kBytes = kPeers ? kWarpLines * kLineWords * 4 : 512;
     // This lane's words of them, in shared memory.
     __device__ __forceinline__ uint4 words_of(const uint8_t* staged) const {
@@ -87,7 +87,8 @@ struct ResultPiece {
         if (!kPeers) {
             return *reinterpret_cast<const uint4*>(staged + 16 * lane);
         }
-        const uint2* at = reinterpret_cast<const uint2*>(staged + lane / kLanesPerLine * kLineWords * 4 + lane % kLanesPerLine * 16);
+        const uint2* at = reinterpret_cast<const uint2*>(staged + lane / kLanesPerLine * kLineWords * 4 +
+                                                         lane % kLanesPerLine * 16);
         const uint2 low = at[0];
         const uint2 high = at[1];  // of the line's last lane it is the next line's, and not used
         return make_uint4(low.x, low.y, high.x, high.y);
