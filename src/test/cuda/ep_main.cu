@@ -546,7 +546,7 @@ class Group {
             auto fill = [&](void* at, size_t bytes) { scramble_kernel<<<64, 256, 0, streams[gpu_of(r)]>>>(static_cast<uint8_t*>(at), bytes, value); };
             fill(d.home_tokens, 4), fill(d.home_ids, 4ul * c.M * c.K), fill(d.home_weights, 4ul * c.M * c.K), fill(d.home_mask, 8ul * c.M);
             fill(d.expert_counts, 4ul * L), fill(d.expert_offsets, 4ul * (L + 1)), fill(d.expert_rows, 4 * packed);
-            fill(d.packed_row_of, 4ul * c.R * c.M * c.K), fill(d.expert_out, 2 * packed * Hp), fill(d.received, 4ul * c.R * L);
+            fill(d.packed_row_of, 4ul * c.R * c.M * c.K), fill(d.expert_out, 2 * packed * Hp);
             CHECK_CUDA(cudaStreamSynchronize(streams[gpu_of(r)]));
         }
     }
@@ -684,7 +684,6 @@ class Group {
         d.epoch = alloc<uint64_t>(k, 2), d.arrivals = alloc<uint32_t>(k, 8), d.totals = alloc<uint64_t>(k, 8);
         d.error = k.error, d.counters = k.counters, d.stats = k.stats;
         d.members = alloc<uint64_t>(k, 1), d.peer_totals = alloc<uint64_t>(k, moe::kPeerWords * c.R);
-        d.received = alloc<int32_t>(k, static_cast<size_t>(c.R) * L);
         CHECK_CUDA(cudaMemcpy(d.members, &members[r], 8, cudaMemcpyHostToDevice));
     }
 };

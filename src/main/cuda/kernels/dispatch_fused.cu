@@ -35,7 +35,6 @@ struct IndexShared {
     uint32_t bits[kListBits];
     int32_t rows_before[kListBits];
     int32_t tokens[kMaxRanks];
-    int32_t rows[kMaxRanks];
     int32_t warp_sums[kFusedWarps];
 };
 
@@ -599,18 +598,6 @@ __device__ __forceinline__ void write_no_rows(const StepParams& p, const Here& m
     }
 }
 
-// The set bits of numbers [from, to) of an expert.
-__device__ __forceinline__ int bits_between(const uint32_t* bits, int from, int to) {
-    int sum = 0;
-    for (int w = from / 32; w * 32 < to; w++) {
-        uint32_t word = bits[w];
-        word &= w * 32 < from ? ~0u << (from - w * 32) : ~0u;
-        word &= (w + 1) * 32 > to ? (1u << (to - w * 32)) - 1 : ~0u;
-        sum += __popc(word);
-    }
-    return sum;
-}
-
 template <bool kPeers>
 __device__ __forceinline__ void write_lists(const StepParams& p, const Here& me, ListBuilder<kPeers>& lists,
                                             const int32_t* ids) {
@@ -668,13 +655,6 @@ __device__ __forceinline__ void write_lists(const StepParams& p, const Here& me,
                 }
             }
         }
-        for (int i = threadIdx.x; i < p.num_ranks * (end - begin); i += kFusedThreads) {
-            const int source = i / (end - begin);
-            const int e = i - source * (end - begin);
-            const int from = lists.number(source, 0);
-            me.received[source * p.experts_per_rank + begin + e] =
-                bits_between(shared.bits + e * lists.words, from, from + shared.tokens[source]);
-        }
     }
 }
 
@@ -714,7 +694,6 @@ __device__ __forceinline__ void index_ids(const StepParams& p, const Here& me, I
         }
         if (threadIdx.x < p.num_ranks) {
             shared.tokens[threadIdx.x] = threadIdx.x == me.rank ? home.count : 0;
-            shared.rows[threadIdx.x] = 0;
         }
         __syncthreads();
     }
@@ -765,32 +744,6 @@ __device__ __forceinline__ void index_ids(const StepParams& p, const Here& me, I
     sum_counts(shared, p.experts_per_rank);
     const int32_t* ids = kPeers ? me.own(p).recv_ids(0) : home.ids;
     write_lists<kPeers>(p, me, lists, ids);
-
-    // Rows of each source
-    if (part == 0) {
-        const Symmetric mine = me.own(p);
-        for (int source = 0; source < p.num_ranks; source++) {
-            int rows = 0;
-            for (int token = threadIdx.x; token < shared.tokens[source]; token += kFusedThreads) {
-                bool any = false;
-                for (int k = 0; k < p.top_k; k++) {
-                    any |= lists.expert_of(ids, mine.slot(source, token) * p.top_k + k,
-                                           lists.number(source, token), k) >= 0;
-                }
-                rows += any;
-            }
-            if (warp * 32 < shared.tokens[source]) {
-                rows = __reduce_add_sync(0xffffffffu, rows);
-                if (lane == 0) {
-                    atomicAdd(shared.rows + source, rows);
-                }
-            }
-        }
-        __syncthreads();
-        if (threadIdx.x < p.num_ranks) {
-            me.peer_totals[threadIdx.x * kPeerWords + kPeerRows] = shared.rows[threadIdx.x];
-        }
-    }
 }
 
 // CTAs that read ids: all but a few move rows. One where there are peers.

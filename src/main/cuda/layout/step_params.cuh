@@ -147,7 +147,6 @@ struct LocalRank {
     uint64_t* members;            // [1] device; bit r: rank r takes part. The host writes it between steps
     PeerStats* stats;             // [R] pinned
     uint64_t* peer_totals;        // [R][4] device totals behind PeerStats, same order
-    int32_t* received;            // [R][L] rows of each source and local expert in this step
     uint64_t* received_totals;    // [R][L] device: rows of each source and local expert, all steps
     uint64_t* received_rows;      // [R][L] pinned, the same for the host
 };

@@ -453,7 +453,6 @@ final class CudaLayer implements MoeLayer {
                         "expert_done",
                         "members",
                         "peer_totals",
-                        "received",
                         "received_totals")) {
             to.put(buffer, handle.workspace(rank, buffer));
         }

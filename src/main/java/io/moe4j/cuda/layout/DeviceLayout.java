@@ -113,7 +113,6 @@ public final class DeviceLayout {
         workspace.add("expert_done", "L*4", l, 4);
         workspace.add("members", "8", 8);
         workspace.add("peer_totals", "R*32", r, 32);
-        workspace.add("received", "R*L*4", r, l, 4);
         workspace.add("received_totals", "R*L*8", r, l, 8);
 
         long held = config.localExperts();

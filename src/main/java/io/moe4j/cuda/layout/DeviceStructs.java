@@ -90,7 +90,6 @@ public final class DeviceStructs {
                     "ptr members",
                     "ptr stats",
                     "ptr peer_totals",
-                    "ptr received",
                     "ptr received_totals",
                     "ptr received_rows");
 
