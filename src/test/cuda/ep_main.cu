@@ -200,6 +200,8 @@ struct Rank {
     moe::ErrorRecord* error;
     moe::SoftCounters* counters;
     moe::PeerStats* stats;
+    uint64_t* received_rows;
+    std::vector<uint64_t> received;  // by source and local expert, all steps
     uint64_t dropped = 0, duplicates = 0, over = 0, lost = 0, steps = 0;
 };
 
@@ -269,7 +271,7 @@ class Group {
         for (int r = 0; r < c.R; r++) {
             CHECK_CUDA(cudaSetDevice(gpu_of(r)));
             for (void* m : ranks[r].memory) cudaFree(m);
-            cudaFreeHost(ranks[r].error), cudaFreeHost(ranks[r].counters), cudaFreeHost(ranks[r].stats);
+            cudaFreeHost(ranks[r].error), cudaFreeHost(ranks[r].counters), cudaFreeHost(ranks[r].stats), cudaFreeHost(ranks[r].received_rows);
         }
         for (int g = 0; g < c.G; g++) cudaSetDevice(g), cudaStreamDestroy(streams[g]);
     }
@@ -390,6 +392,16 @@ class Group {
             }
             k.lost += __builtin_popcountll(away);
         }
+        for (int s = 0; s < c.R; s++) {
+            for (int t = 0; members[rank] >> s & 1 && t < clamped(s, v); t++) {
+                std::vector<bool> named(L, false);
+                for (int i = 0; i < c.K; i++) {
+                    const int id = ranks[s].inputs[v].ids[t * c.K + i];
+                    if (id >= rank * L && id < std::min(c.E, (rank + 1) * L)) named[id - rank * L] = true;
+                }
+                for (int e = 0; e < L; e++) k.received[s * L + e] += named[e];
+            }
+        }
     }
 
     void check_output(int rank, int v, const std::string& where) {
@@ -435,7 +447,7 @@ class Group {
     // Lists, headers and figures of a variant that was the last to run.
     void check_lists(int rank, int v, const std::string& where) {
         Rank& k = ranks[rank];
-        std::vector<int32_t> counts(L, 0), offsets(L + 1, 0), rows, received(c.R * L, 0);
+        std::vector<int32_t> counts(L, 0), offsets(L + 1, 0), rows;
         std::vector<std::vector<int>> of(L);
         std::vector<uint64_t> from(c.R, 0);
         for (int s = 0; s < c.R; s++) {
@@ -445,7 +457,7 @@ class Group {
                 for (int e = 0; e < L; e++) {
                     bool named = false;
                     for (int i = 0; i < c.K; i++) named |= ranks[s].inputs[v].ids[t * c.K + i] == rank * L + e && rank * L + e < c.E;
-                    if (named) of[e].push_back(s * c.M + t), received[s * L + e]++, any = true;
+                    if (named) of[e].push_back(s * c.M + t), any = true;
                 }
                 from[s] += any;
             }
@@ -457,7 +469,8 @@ class Group {
         expect(get(k.device.expert_counts, L) == counts, "counts " + where);
         expect(get(k.device.expert_offsets, L + 1) == offsets, "offsets " + where);
         expect(get(k.device.expert_rows, rows.size()) == rows, "row lists " + where);
-        expect(get(k.device.received, c.R * L) == received, "received " + where);
+        expect(get(k.device.received_totals, c.R * L) == k.received, "rows received per expert " + where);
+        expect(std::equal(k.received.begin(), k.received.end(), k.received_rows), "rows received per expert, told " + where);
         const auto packed = get(k.device.packed_row_of, static_cast<size_t>(c.R) * c.M * c.K);
         const auto ids = get(region_at<const int32_t>(rank, params[0].off_recv_ids), static_cast<size_t>(c.R) * c.M * c.K);
         const auto tokens = get(region_at<const int32_t>(rank, params[0].off_recv_tokens), c.R);
@@ -485,12 +498,19 @@ class Group {
                "counters " + where + " steps " + std::to_string(n.steps) + "/" + std::to_string(k.steps) + " lost " + std::to_string(n.lost_rows) + "/" + std::to_string(k.lost));
     }
 
+    // The last step of a rank that is valid, and how many were; all streams have ended.
+    uint64_t valid_epoch(int rank) const {
+        const moe::ErrorRecord& e = *ranks[rank].error;
+        return e.code == 0 ? e.valid_epoch : std::min(e.valid_epoch, e.epoch - 1);
+    }
+    uint64_t steps(int rank) const { return ranks[rank].counters->steps - (ranks[rank].error->valid_epoch != valid_epoch(rank)); }
+
     std::string record(int rank) const {
         const moe::ErrorRecord& e = *ranks[rank].error;
         char s[200];
         std::snprintf(s, sizeof s, "code %u op %u rank %u peer %u expected %llx seen %llx waited %.2f ms valid %llx", e.code,
                       e.op, e.rank, e.peer, (unsigned long long)e.epoch_expected, (unsigned long long)e.epoch_seen,
-                      e.waited_ns / 1e6, (unsigned long long)e.valid_epoch);
+                      e.waited_ns / 1e6, (unsigned long long)valid_epoch(rank));
         return s;
     }
 
@@ -504,9 +524,14 @@ class Group {
             CHECK_CUDA(cudaMemcpy(ranks[r].device.epoch, epochs, 16, cudaMemcpyHostToDevice));
             CHECK_CUDA(cudaMemset(ranks[r].device.arrivals, 0, 32));
             CHECK_CUDA(cudaMemcpy(ranks[r].device.members, &members[r], 8, cudaMemcpyHostToDevice));
+            // A step that failed has told the host of itself if it came as far as combine
+            const uint64_t steps = this->steps(r), valid = valid_epoch(r);
+            CHECK_CUDA(cudaMemcpy(ranks[r].device.totals, &steps, 8, cudaMemcpyHostToDevice));
+            ranks[r].error->valid_epoch = valid, ranks[r].counters->steps = steps;
             ranks[r].error->code = 0;
             CHECK_CUDA(cudaDeviceSynchronize());
-            const auto totals = get(ranks[r].device.totals, 8);  // a step that failed has counted too
+            const auto totals = get(ranks[r].device.totals, 8);  // but for steps it has counted
+            ranks[r].received = get(ranks[r].device.received_totals, c.R * L);
             ranks[r].steps = totals[0], ranks[r].dropped = totals[1], ranks[r].duplicates = totals[2];
             ranks[r].over = totals[3], ranks[r].lost = totals[4];
         }
@@ -522,7 +547,7 @@ class Group {
             auto fill = [&](void* at, size_t bytes) { scramble_kernel<<<64, 256, 0, streams[gpu_of(r)]>>>(static_cast<uint8_t*>(at), bytes, value); };
             fill(d.home_tokens, 4), fill(d.home_ids, 4ul * c.M * c.K), fill(d.home_weights, 4ul * c.M * c.K), fill(d.home_mask, 8ul * c.M);
             fill(d.expert_counts, 4ul * L), fill(d.expert_offsets, 4ul * (L + 1)), fill(d.expert_rows, 4 * packed);
-            fill(d.packed_row_of, 4ul * c.R * c.M * c.K), fill(d.expert_out, 2 * packed * Hp), fill(d.received, 4ul * c.R * L);
+            fill(d.packed_row_of, 4ul * c.R * c.M * c.K), fill(d.expert_out, 2 * packed * Hp);
             CHECK_CUDA(cudaStreamSynchronize(streams[gpu_of(r)]));
         }
     }
@@ -555,7 +580,6 @@ class Group {
         return std::clamp<int64_t>(1 + (c.M * pieces + 15) / 16, 2, std::max(2, sms / local));
     }
 
-   private:
     using Kernel = void (*)(StepParams);
 
     void run(int gpu, Kernel kernel, int64_t ctas, int threads, bool pdl) {
@@ -572,7 +596,7 @@ class Group {
     int64_t combine_ctas() const {
         if (c.combine_ctas) return std::min(c.combine_ctas, sms / local);
         const int64_t pieces = (moe::combine_row_lines(Hp) + 3) / 4;
-        return std::clamp<int64_t>((c.M * pieces + 3) / 4, 1, sms / local);
+        return std::clamp<int64_t>(1 + (c.M * pieces + moe::kSumWarps / 4 - 1) / (moe::kSumWarps / 4), 1, std::max(1, sms / local));
     }
 
     void enqueue_dispatch(int gpu, Form form) {
@@ -648,6 +672,8 @@ class Group {
         k.d_hidden = alloc<uint16_t>(k, th), k.all_hidden = alloc<uint16_t>(k, th * c.variants);
         k.d_out = alloc<uint16_t>(k, th), k.all_out = alloc<uint16_t>(k, th * c.variants);
         k.error = pinned<moe::ErrorRecord>(1), k.counters = pinned<moe::SoftCounters>(1), k.stats = pinned<moe::PeerStats>(c.R);
+        k.received_rows = pinned<uint64_t>(static_cast<size_t>(c.R) * L), k.received.assign(static_cast<size_t>(c.R) * L, 0);
+        d.received_rows = k.received_rows, d.received_totals = alloc<uint64_t>(k, static_cast<size_t>(c.R) * L);
         d.hidden = k.d_hidden, d.out = k.d_out, d.token_count = k.d_count, d.topk_ids = k.d_ids, d.topk_weights = k.d_weights;
         d.rank = r;
         const int first = std::min(c.E, r * L);
@@ -660,7 +686,6 @@ class Group {
         d.epoch = alloc<uint64_t>(k, 2), d.arrivals = alloc<uint32_t>(k, 8), d.totals = alloc<uint64_t>(k, 8);
         d.error = k.error, d.counters = k.counters, d.stats = k.stats;
         d.members = alloc<uint64_t>(k, 1), d.peer_totals = alloc<uint64_t>(k, moe::kPeerWords * c.R);
-        d.received = alloc<int32_t>(k, static_cast<size_t>(c.R) * L);
         CHECK_CUDA(cudaMemcpy(d.members, &members[r], 8, cudaMemcpyHostToDevice));
     }
 };
@@ -768,7 +793,7 @@ void faults(int gpus) {
             double took = seconds_since(start);
             const moe::ErrorRecord* e = group.ranks[0].error;
             expect(e->code == moe::kTimeout && e->op == moe::kOpDispatchRecv && e->rank == 0 && e->peer == 1 &&
-                       e->epoch_expected == 4 && e->epoch_seen == 3 && e->waited_ns >= c.timeout_ns && e->valid_epoch == 3 && took < 0.5,
+                       e->epoch_expected == 4 && e->epoch_seen == 3 && e->waited_ns >= c.timeout_ns && e->epoch == 4 && group.valid_epoch(0) == 3 && took < 0.5,
                    name + "missing rank " + group.record(0));
             std::printf("%smissing rank: %.1f ms for 3 replays; %s\n", name.c_str(), took * 1e3, group.record(0).c_str());
             CHECK_CUDA(cudaSetDevice(1));
@@ -783,7 +808,7 @@ void faults(int gpus) {
             group.recover(1);
             for (int g = 0; g < 2; g++) use(g), group.make_inputs(g, 6, 0, 12);
             for (int v = 0; v < 3; v++) one_step(group, v, f, name + "after a missing rank");
-            expect(group.ranks[0].error->valid_epoch == ((1ull << 48) | 3), name + "valid epoch of generation 1 " + group.record(0));
+            expect(group.valid_epoch(0) == ((1ull << 48) | 3), name + "valid epoch of generation 1 " + group.record(0));
 
             // A rank skips a step
             CHECK_CUDA(cudaSetDevice(1));
@@ -836,7 +861,10 @@ void faults(int gpus) {
         CHECK_CUDA(cudaSetDevice(0));
         group.launch_part(0, kFused, 0), group.launch_part(0, kFused, 1);
         CHECK_CUDA(cudaStreamSynchronize(group.streams[0]));
-        expect(group.ranks[0].error->code == moe::kTimeout && group.ranks[0].error->op == moe::kOpCombineRecv, name + group.record(0));
+        // Told of before it failed, and not valid all the same
+        expect(group.ranks[0].error->code == moe::kTimeout && group.ranks[0].error->op == moe::kOpCombineRecv &&
+                   group.ranks[0].error->epoch == 2 && group.valid_epoch(0) == 1 && group.steps(0) == 1,
+               name + group.record(0));
         CHECK_CUDA(cudaSetDevice(1));
         const auto start = Clock::now();
         group.launch_part(1, kFused, 1), group.launch_part(1, kFused, 0);

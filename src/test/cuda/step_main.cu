@@ -417,7 +417,8 @@ class Layer {
             put(members, &everyone, 8);
             d.members = members, d.stats = stats + r * c.R;
             d.peer_totals = alloc<uint64_t>(moe::kPeerWords * c.R, false);
-            d.received = alloc<int32_t>(static_cast<int64_t>(c.R) * L, true);
+            d.received_totals = alloc<uint64_t>(static_cast<int64_t>(c.R) * L, false);
+            d.received_rows = alloc<uint64_t>(static_cast<int64_t>(c.R) * L, false);
             d.error = errors + r, d.counters = counters + r;
             d.work = alloc<uint32_t>(8, false);
             d.expert_done = alloc<uint32_t>(L, false);

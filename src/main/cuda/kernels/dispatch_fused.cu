@@ -761,46 +761,6 @@ __device__ __forceinline__ void write_lists(const StepParams& p, const Here& me,
     }
 }
 
-#ifndef MOE_NO_FIGURES
-// Rows of each source, and of each local expert of it, for what is published at the end of a step.
-// expert(source, token, k): the k-th local expert of a token, negative if it is not here.
-template <class Expert>
-__device__ __forceinline__ void count_received(const StepParams& p, const Here& me, const int32_t* tokens,
-                                               uint32_t* rows, Expert expert) {
-    __syncthreads();
-    for (int i = threadIdx.x; i < p.num_ranks * p.experts_per_rank; i += kFusedThreads) {
-        me.received[i] = 0;
-    }
-    if (threadIdx.x < p.num_ranks) {
-        rows[threadIdx.x] = 0;
-    }
-    __syncthreads();
-    for (int source = 0; source < p.num_ranks; source++) {
-        for (int token = threadIdx.x; token < tokens[source]; token += kFusedThreads) {
-            bool any = false;
-            for (int k = 0; k < p.top_k; k++) {
-                const int id = expert(source, token, k);
-                bool repeat = false;
-                for (int j = 0; j < k; j++) {
-                    repeat |= expert(source, token, j) == id;
-                }
-                any |= id >= 0;
-                if (id >= 0 && !repeat) {
-                    atomicAdd(me.received + source * p.experts_per_rank + id, 1);
-                }
-            }
-            if (any) {
-                atomicAdd(rows + source, 1);
-            }
-        }
-    }
-    __syncthreads();
-    if (threadIdx.x < p.num_ranks) {
-        me.peer_totals[threadIdx.x * kPeerWords + kPeerRows] = rows[threadIdx.x];
-    }
-}
-#endif
-
 // Reads the ids of a rank alone: part of parts CTAs.
 __device__ __forceinline__ void index_local(const StepParams& p, const Here& me, IndexShared& shared, int part,
                                             int parts) {
@@ -849,14 +809,6 @@ __device__ __forceinline__ void index_local(const StepParams& p, const Here& me,
     }
     sum_counts(shared, p.experts_per_rank);
     write_lists(p, me, lists, home.ids);
-#ifndef MOE_NO_FIGURES
-    if (part == 0) {
-        __syncthreads();
-        shared.warp_sums[0] = home.count;  // the same of all threads
-        count_received(p, me, shared.warp_sums, shared.bits,
-                       [&](int, int token, int k) { return lists.expert_of(home.ids, token * p.top_k + k); });
-    }
-#endif
 }
 
 // ------------------------------------------------------------------------- lists, ids in lines
@@ -1169,11 +1121,6 @@ __device__ __forceinline__ void build_lists(const StepParams& p, const Here& me,
                       static_cast<unsigned long long>(shared.waited[source]));
         }
     }
-#ifndef MOE_NO_FIGURES
-    const Symmetric mine = me.own(p);
-    count_received(p, me, shared.tokens, shared.bits,
-                   [&](int source, int token, int k) { return mine.recv_ids(mine.slot(source, token))[k]; });
-#endif
 }
 
 // The ids of a rank and of its peers, by one CTA.

@@ -63,15 +63,6 @@ __device__ __forceinline__ uint4 load_line_sys(const void* address) {
     return value;
 }
 
-__device__ __forceinline__ uint32_t add_acq_rel_gpu(uint32_t* address, uint32_t value) {
-    uint32_t before;
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
-                 : "=r"(before)
-                 : "l"(address), "r"(value)
-                 : "memory");
-    return before;
-}
-
 __device__ __forceinline__ uint64_t load_relaxed_sys(const uint64_t* address) {
     uint64_t value;
     asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
@@ -92,11 +83,6 @@ __device__ __forceinline__ uint32_t load_acquire_gpu(const uint32_t* address) {
 
 __device__ __forceinline__ void add_release_gpu(uint32_t* address, uint32_t value) {
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
-}
-
-// Brings a line to this multiprocessor; nothing waits for it.
-__device__ __forceinline__ void prefetch_l1(const void* address) {
-    asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
 }
 
 __device__ __forceinline__ void fence_acq_rel_sys() {

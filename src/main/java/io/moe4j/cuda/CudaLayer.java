@@ -453,12 +453,13 @@ final class CudaLayer implements MoeLayer {
                         "expert_done",
                         "members",
                         "peer_totals",
-                        "received")) {
+                        "received_totals")) {
             to.put(buffer, handle.workspace(rank, buffer));
         }
         to.put("error", handle.errorAddress(rank));
         to.put("counters", handle.countersAddress(rank));
         to.put("stats", handle.statsAddress(rank));
+        to.put("received_rows", handle.receivedAddress(rank));
     }
 
     /** A rank's experts are consecutive in the layer's buffers, which hold the local ranks'. */
@@ -874,7 +875,7 @@ final class CudaLayer implements MoeLayer {
         long overCapacity = 0;
         long lost = 0;
         for (CudaHandle handle : handles) {
-            steps += handle.counter(config.firstLocalRank(), "steps");
+            steps += handle.steps(config.firstLocalRank());
             for (int rank = firstRank(); rank < endRank(); rank++) {
                 dropped += handle.counter(rank, "dropped_ids");
                 duplicates += handle.counter(rank, "duplicate_ids");
@@ -974,7 +975,7 @@ final class CudaLayer implements MoeLayer {
                 handle.errorLong(rank, "waited_ns"),
                 handle.errorLong(rank, "epoch_expected"),
                 handle.errorLong(rank, "epoch_seen"),
-                handle.errorLong(rank, "valid_epoch"));
+                handle.validEpoch(rank));
     }
 
     private static String describe(LayerFault fault) {
@@ -1095,7 +1096,7 @@ final class CudaLayer implements MoeLayer {
     private long lastValid(int handle) {
         long epoch = Long.MAX_VALUE;
         for (int rank = firstRank(); rank < endRank(); rank++) {
-            epoch = Math.min(epoch, handles[handle].errorLong(rank, "valid_epoch"));
+            epoch = Math.min(epoch, handles[handle].validEpoch(rank));
         }
         return epoch;
     }
@@ -1130,6 +1131,7 @@ final class CudaLayer implements MoeLayer {
                         "combine_lines",
                         "members",
                         "peer_totals",
+                        "received_totals",
                         "epoch",
                         "arrivals",
                         "totals",

@@ -223,7 +223,7 @@ public final class LoadedKernels implements AutoCloseable {
                     case "sm" -> sms;
                     case "pairs" -> Math.max(2, sms / 2 * 2);
                     case "moves" -> clamp(1 + (m * pieces + 15) / 16, sms / config.localRanks());
-                    case "sums" -> clamp((m * pieces + 3) / 4, sms / config.localRanks());
+                    case "sums" -> clamp(1 + (m * pieces + 3) / 4, sms / config.localRanks());
                     case "pack" -> 8L * sms;
                     case "one" -> 1;
                     default ->
