@@ -10,6 +10,10 @@
 //   ep_main time              medians of a pair in a graph of 16, maximum over GPUs
 //   ep_main sweep             the same, for several numbers of CTAs
 //   ep_main sizes             the same, and larger steps: where lines stop to pay
+//   ep_main pairs             a few of them in two seconds, also with experts that last: combine starts beside
+//                             them, as it does beside real ones
+// With -DEP_ONLY only the kernels that it uses are compiled. With -DMOE_TRACE, ep_main trace: when the warps of
+// dispatch passed their trace points.
 #include <algorithm>
 #include <atomic>
 #include <barrier>
@@ -26,7 +30,17 @@
 #include <vector>
 
 #define MOE_TEST_STUBS
+#ifdef EP_ONLY
+#include "../../main/cuda/kernels/route_topk.cu"
+#include "../../main/cuda/kernels/dispatch_send.cu"
+#include "../../main/cuda/kernels/dispatch_recv.cu"
+#include "../../main/cuda/kernels/dispatch_fused.cu"
+#include "../../main/cuda/kernels/combine_send.cu"
+#include "../../main/cuda/kernels/combine_recv.cu"
+#include "../../main/cuda/kernels/combine_fused.cu"
+#else
 #include "../../main/cuda/moe4j.cu"
+#endif
 
 #include "harness.h"
 
@@ -104,6 +118,15 @@ __global__ __launch_bounds__(32) void empty_expert(const __grid_constant__ StepP
     moe::ptx::allow_next_grid();
 }
 
+// The same for so many cycles.
+__global__ __launch_bounds__(32) void lasting_expert(const __grid_constant__ StepParams p) {
+    moe::ptx::wait_for_previous_grid();
+    moe::ptx::allow_next_grid();
+    const long long start = clock64();
+    while (clock64() - start < 10000) {
+    }
+}
+
 __global__ void delay_kernel(uint64_t ns) {
     const uint64_t start = moe::ptx::globaltimer_ns();
     while (moe::ptx::globaltimer_ns() - start < ns) {
@@ -132,6 +155,7 @@ struct Config {
     int dispatch_ctas = 0, combine_ctas = 0;
     int pairs = 1;
     bool empty = false, one_cta = false;  // empty: no expert, for timings
+    bool lasting = false, direct = false;
     uint64_t timeout_ns = 5000000000ull;
     std::string text() const {
         char s[160];
@@ -158,6 +182,8 @@ struct Rank {
     moe::ErrorRecord* error;
     moe::SoftCounters* counters;
     moe::PeerStats* stats;
+    uint64_t* received_rows;
+    std::vector<uint64_t> received;  // by source and local expert, all steps
     uint64_t dropped = 0, duplicates = 0, over = 0, lost = 0, steps = 0;
 };
 
@@ -190,6 +216,7 @@ class Group {
         p.num_ranks = c.R, p.num_local_ranks = local, p.max_tokens = c.M, p.top_k = c.K, p.experts = c.E;
         p.experts_per_rank = L, p.hidden = c.H, p.hidden_pad = Hp, p.hidden_dtype = p.out_dtype = moe::kBF16;
         p.routing_input = moe::kTopK, p.groups = p.topk_groups = 1, p.scale = 1, p.wire = c.wire;
+        p.early_next = local == 1;
         p.timeout_ns = p.first_timeout_ns = c.timeout_ns;
         p.off_dispatch_flags = place(8 * c.R), p.off_combine_flags = place(8 * c.R), p.off_abort_words = place(8 * c.R);
         p.off_recv_tokens = place(4 * c.R), p.off_recv_ids = place(4 * slots * c.K);
@@ -228,7 +255,7 @@ class Group {
         for (int r = 0; r < c.R; r++) {
             CHECK_CUDA(cudaSetDevice(gpu_of(r)));
             for (void* m : ranks[r].memory) cudaFree(m);
-            cudaFreeHost(ranks[r].error), cudaFreeHost(ranks[r].counters), cudaFreeHost(ranks[r].stats);
+            cudaFreeHost(ranks[r].error), cudaFreeHost(ranks[r].counters), cudaFreeHost(ranks[r].stats), cudaFreeHost(ranks[r].received_rows);
         }
         for (int g = 0; g < c.G; g++) cudaSetDevice(g), cudaStreamDestroy(streams[g]);
     }
@@ -349,6 +376,16 @@ class Group {
             }
             k.lost += __builtin_popcountll(away);
         }
+        for (int s = 0; s < c.R; s++) {
+            for (int t = 0; members[rank] >> s & 1 && t < clamped(s, v); t++) {
+                std::vector<bool> named(L, false);
+                for (int i = 0; i < c.K; i++) {
+                    const int id = ranks[s].inputs[v].ids[t * c.K + i];
+                    if (id >= rank * L && id < std::min(c.E, (rank + 1) * L)) named[id - rank * L] = true;
+                }
+                for (int e = 0; e < L; e++) k.received[s * L + e] += named[e];
+            }
+        }
     }
 
     void check_output(int rank, int v, const std::string& where) {
@@ -394,7 +431,7 @@ class Group {
     // Lists, headers and figures of a variant that was the last to run.
     void check_lists(int rank, int v, const std::string& where) {
         Rank& k = ranks[rank];
-        std::vector<int32_t> counts(L, 0), offsets(L + 1, 0), rows, received(c.R * L, 0);
+        std::vector<int32_t> counts(L, 0), offsets(L + 1, 0), rows;
         std::vector<std::vector<int>> of(L);
         std::vector<uint64_t> from(c.R, 0);
         for (int s = 0; s < c.R; s++) {
@@ -404,7 +441,7 @@ class Group {
                 for (int e = 0; e < L; e++) {
                     bool named = false;
                     for (int i = 0; i < c.K; i++) named |= ranks[s].inputs[v].ids[t * c.K + i] == rank * L + e && rank * L + e < c.E;
-                    if (named) of[e].push_back(s * c.M + t), received[s * L + e]++, any = true;
+                    if (named) of[e].push_back(s * c.M + t), any = true;
                 }
                 from[s] += any;
             }
@@ -416,7 +453,8 @@ class Group {
         expect(get(k.device.expert_counts, L) == counts, "counts " + where);
         expect(get(k.device.expert_offsets, L + 1) == offsets, "offsets " + where);
         expect(get(k.device.expert_rows, rows.size()) == rows, "row lists " + where);
-        expect(get(k.device.received, c.R * L) == received, "received " + where);
+        expect(get(k.device.received_totals, c.R * L) == k.received, "rows received per expert " + where);
+        expect(std::equal(k.received.begin(), k.received.end(), k.received_rows), "rows received per expert, told " + where);
         const auto packed = get(k.device.packed_row_of, static_cast<size_t>(c.R) * c.M * c.K);
         const auto ids = get(region_at<const int32_t>(rank, params[0].off_recv_ids), static_cast<size_t>(c.R) * c.M * c.K);
         const auto tokens = get(region_at<const int32_t>(rank, params[0].off_recv_tokens), c.R);
@@ -444,12 +482,19 @@ class Group {
                "counters " + where + " steps " + std::to_string(n.steps) + "/" + std::to_string(k.steps) + " lost " + std::to_string(n.lost_rows) + "/" + std::to_string(k.lost));
     }
 
+    // The last step of a rank that is valid, and how many were; all streams have ended.
+    uint64_t valid_epoch(int rank) const {
+        const moe::ErrorRecord& e = *ranks[rank].error;
+        return e.code == 0 ? e.valid_epoch : std::min(e.valid_epoch, e.epoch - 1);
+    }
+    uint64_t steps(int rank) const { return ranks[rank].counters->steps - (ranks[rank].error->valid_epoch != valid_epoch(rank)); }
+
     std::string record(int rank) const {
         const moe::ErrorRecord& e = *ranks[rank].error;
         char s[200];
         std::snprintf(s, sizeof s, "code %u op %u rank %u peer %u expected %llx seen %llx waited %.2f ms valid %llx", e.code,
                       e.op, e.rank, e.peer, (unsigned long long)e.epoch_expected, (unsigned long long)e.epoch_seen,
-                      e.waited_ns / 1e6, (unsigned long long)e.valid_epoch);
+                      e.waited_ns / 1e6, (unsigned long long)valid_epoch(rank));
         return s;
     }
 
@@ -463,9 +508,14 @@ class Group {
             CHECK_CUDA(cudaMemcpy(ranks[r].device.epoch, epochs, 16, cudaMemcpyHostToDevice));
             CHECK_CUDA(cudaMemset(ranks[r].device.arrivals, 0, 32));
             CHECK_CUDA(cudaMemcpy(ranks[r].device.members, &members[r], 8, cudaMemcpyHostToDevice));
+            // A step that failed has told the host of itself if it came as far as combine
+            const uint64_t steps = this->steps(r), valid = valid_epoch(r);
+            CHECK_CUDA(cudaMemcpy(ranks[r].device.totals, &steps, 8, cudaMemcpyHostToDevice));
+            ranks[r].error->valid_epoch = valid, ranks[r].counters->steps = steps;
             ranks[r].error->code = 0;
             CHECK_CUDA(cudaDeviceSynchronize());
-            const auto totals = get(ranks[r].device.totals, 8);  // a step that failed has counted too
+            const auto totals = get(ranks[r].device.totals, 8);  // but for steps it has counted
+            ranks[r].received = get(ranks[r].device.received_totals, c.R * L);
             ranks[r].steps = totals[0], ranks[r].dropped = totals[1], ranks[r].duplicates = totals[2];
             ranks[r].over = totals[3], ranks[r].lost = totals[4];
         }
@@ -481,7 +531,7 @@ class Group {
             auto fill = [&](void* at, size_t bytes) { scramble_kernel<<<64, 256, 0, streams[gpu_of(r)]>>>(static_cast<uint8_t*>(at), bytes, value); };
             fill(d.home_tokens, 4), fill(d.home_ids, 4ul * c.M * c.K), fill(d.home_weights, 4ul * c.M * c.K), fill(d.home_mask, 8ul * c.M);
             fill(d.expert_counts, 4ul * L), fill(d.expert_offsets, 4ul * (L + 1)), fill(d.expert_rows, 4 * packed);
-            fill(d.packed_row_of, 4ul * c.R * c.M * c.K), fill(d.expert_out, 2 * packed * Hp), fill(d.received, 4ul * c.R * L);
+            fill(d.packed_row_of, 4ul * c.R * c.M * c.K), fill(d.expert_out, 2 * packed * Hp);
             CHECK_CUDA(cudaStreamSynchronize(streams[gpu_of(r)]));
         }
     }
@@ -498,7 +548,7 @@ class Group {
         CHECK_CUDA(cudaStreamBeginCapture(streams[gpu], cudaStreamCaptureModeThreadLocal));
         for (int i = 0; i < c.pairs; i++) {
             enqueue_dispatch(gpu, form);
-            enqueue_experts(gpu);
+            if (!c.direct) enqueue_experts(gpu);
             enqueue_combine(gpu, form);
         }
         CHECK_CUDA(cudaStreamEndCapture(streams[gpu], &graph));
@@ -508,7 +558,12 @@ class Group {
         return exec;
     }
 
-   private:
+    int64_t dispatch_ctas() const {
+        if (c.dispatch_ctas) return std::min(c.dispatch_ctas, sms / local);
+        const int64_t pieces = (moe::dispatch_row_lines(Hp, c.K) + 3) / 4;
+        return std::clamp<int64_t>(1 + (c.M * pieces + 15) / 16, 2, std::max(2, sms / local));
+    }
+
     using Kernel = void (*)(StepParams);
 
     void run(int gpu, Kernel kernel, int64_t ctas, int threads, bool pdl) {
@@ -526,15 +581,10 @@ class Group {
         if (delay_before_recv) delay_kernel<<<1, 1, 0, streams[gpu]>>>(delay_before_recv);
     }
 
-    int64_t dispatch_ctas() const {
-        if (c.dispatch_ctas) return std::min(c.dispatch_ctas, sms / local);
-        const int64_t pieces = (moe::dispatch_row_lines(Hp, c.K) + 3) / 4;
-        return std::clamp<int64_t>(1 + (c.M * pieces + 63) / 64, 2, std::max(2, sms / local));
-    }
     int64_t combine_ctas() const {
         if (c.combine_ctas) return std::min(c.combine_ctas, sms / local);
         const int64_t pieces = (moe::combine_row_lines(Hp) + 3) / 4;
-        return std::clamp<int64_t>((c.M * pieces + 3) / 4, 1, sms / local);
+        return std::clamp<int64_t>(1 + (c.M * pieces + moe::kSumWarps / 4 - 1) / (moe::kSumWarps / 4), 1, std::max(1, sms / local));
     }
 
     void enqueue_dispatch(int gpu, Form form) {
@@ -558,7 +608,7 @@ class Group {
     }
     void enqueue_experts(int gpu) {
         if (c.empty) {
-            run(gpu, empty_expert, sms, 32, true);
+            run(gpu, c.lasting ? lasting_expert : empty_expert, sms, 32, true);
             return;
         }
         run(gpu, trivial_expert, std::min<int64_t>(sms, static_cast<int64_t>(c.R) * c.M * std::min(c.K, L)), 256, true);
@@ -612,6 +662,8 @@ class Group {
         k.d_hidden = alloc<uint16_t>(k, th), k.all_hidden = alloc<uint16_t>(k, th * c.variants);
         k.d_out = alloc<uint16_t>(k, th), k.all_out = alloc<uint16_t>(k, th * c.variants);
         k.error = pinned<moe::ErrorRecord>(1), k.counters = pinned<moe::SoftCounters>(1), k.stats = pinned<moe::PeerStats>(c.R);
+        k.received_rows = pinned<uint64_t>(static_cast<size_t>(c.R) * L), k.received.assign(static_cast<size_t>(c.R) * L, 0);
+        d.received_rows = k.received_rows, d.received_totals = alloc<uint64_t>(k, static_cast<size_t>(c.R) * L);
         d.hidden = k.d_hidden, d.out = k.d_out, d.token_count = k.d_count, d.topk_ids = k.d_ids, d.topk_weights = k.d_weights;
         d.rank = r;
         const int first = std::min(c.E, r * L);
@@ -624,7 +676,6 @@ class Group {
         d.epoch = alloc<uint64_t>(k, 2), d.arrivals = alloc<uint32_t>(k, 8), d.totals = alloc<uint64_t>(k, 8);
         d.error = k.error, d.counters = k.counters, d.stats = k.stats;
         d.members = alloc<uint64_t>(k, 1), d.peer_totals = alloc<uint64_t>(k, moe::kPeerWords * c.R);
-        d.received = alloc<int32_t>(k, static_cast<size_t>(c.R) * L);
         CHECK_CUDA(cudaMemcpy(d.members, &members[r], 8, cudaMemcpyHostToDevice));
     }
 };
@@ -772,7 +823,7 @@ void faults(int gpus) {
             double took = seconds_since(start);
             const moe::ErrorRecord* e = group.ranks[0].error;
             expect(e->code == moe::kTimeout && e->op == moe::kOpDispatchRecv && e->rank == 0 && e->peer == 1 &&
-                       e->epoch_expected == 4 && e->epoch_seen == 3 && e->waited_ns >= c.timeout_ns && e->valid_epoch == 3 && took < 0.5,
+                       e->epoch_expected == 4 && e->epoch_seen == 3 && e->waited_ns >= c.timeout_ns && e->epoch == 4 && group.valid_epoch(0) == 3 && took < 0.5,
                    name + "missing rank " + group.record(0));
             std::printf("%smissing rank: %.1f ms for 3 replays; %s\n", name.c_str(), took * 1e3, group.record(0).c_str());
             CHECK_CUDA(cudaSetDevice(1));
@@ -787,7 +838,7 @@ void faults(int gpus) {
             group.recover(1);
             for (int g = 0; g < 2; g++) use(g), group.make_inputs(g, 6, 0, 12);
             for (int v = 0; v < 3; v++) one_step(group, v, f, name + "after a missing rank");
-            expect(group.ranks[0].error->valid_epoch == ((1ull << 48) | 3), name + "valid epoch of generation 1 " + group.record(0));
+            expect(group.valid_epoch(0) == ((1ull << 48) | 3), name + "valid epoch of generation 1 " + group.record(0));
 
             // A rank skips a step
             CHECK_CUDA(cudaSetDevice(1));
@@ -840,7 +891,10 @@ void faults(int gpus) {
         CHECK_CUDA(cudaSetDevice(0));
         group.launch_part(0, kFused, 0), group.launch_part(0, kFused, 1);
         CHECK_CUDA(cudaStreamSynchronize(group.streams[0]));
-        expect(group.ranks[0].error->code == moe::kTimeout && group.ranks[0].error->op == moe::kOpCombineRecv, name + group.record(0));
+        // Told of before it failed, and not valid all the same
+        expect(group.ranks[0].error->code == moe::kTimeout && group.ranks[0].error->op == moe::kOpCombineRecv &&
+                   group.ranks[0].error->epoch == 2 && group.valid_epoch(0) == 1 && group.steps(0) == 1,
+               name + group.record(0));
         CHECK_CUDA(cudaSetDevice(1));
         const auto start = Clock::now();
         group.launch_part(1, kFused, 1), group.launch_part(1, kFused, 0);
@@ -929,6 +983,63 @@ double time_config(Config c, int tokens, Form form) {
     return us;
 }
 
+#ifdef MOE_TRACE
+// Cycles after the wait for the kernel before, of the last pair of a graph of 16: of each warp of the first CTA,
+// and the median and the latest of the other CTAs' warps.
+void trace_dispatch(int gpus, int ctas) {
+    for (int T : {1, 8, 128}) {
+        Config c;
+        c.G = c.R = gpus, c.K = 8, c.E = 256, c.H = 7168, c.M = T, c.wire = moe::kLines;
+        c.direct = true, c.pairs = 16, c.variants = 1, c.dispatch_ctas = ctas;
+        Group group(c);
+        for (int g = 0; g < c.G; g++) {
+            use(g);
+            group.make_inputs(g, 11, 0, T), group.use_variant(g, 0);
+            CHECK_CUDA(cudaStreamSynchronize(group.streams[g]));
+        }
+        time_pair(group, kFused, 8);
+        use(0);
+        static long long at[256][16][moe::kTracePoints];
+        CHECK_CUDA(cudaMemcpyFromSymbol(at, moe::g_dispatch_trace, sizeof at));
+        std::printf("trace H 7168 T %d, %lld CTAs\n", T, static_cast<long long>(group.dispatch_ctas()));
+        for (int w = 0; w < 16; w++) {
+            std::printf("  ids warp %2d:", w);
+            for (int i = 1; i < moe::kTracePoints; i++) std::printf(" %6lld", at[0][w][i] - at[0][w][0]);
+            std::printf("\n");
+        }
+        for (int i : {11, 12, 13, 10, 1, 3, 2, 4, 9}) {
+            std::vector<double> all;
+            for (int b = 1; b < group.dispatch_ctas(); b++) {
+                for (int w = 0; w < 16; w++) all.push_back(at[b][w][i] - at[b][w][0]);
+            }
+            std::printf("  rows, point %d: median %.0f, latest %.0f\n", i, median(all), *std::max_element(all.begin(), all.end()));
+        }
+    }
+}
+#endif
+
+void time_pairs(int gpus) {
+    const struct { int H, E, T; } cases[] = {{7168, 256, 1}, {7168, 256, 8}, {7168, 256, 32}, {7168, 256, 128},
+                                             {2048, 128, 1}, {2048, 128, 32}, {2048, 128, 128}};
+    std::printf("us per pair, graph of 16, K 8, M = T: nothing between; an empty kernel; one of 10,000 cycles; M 128, an empty kernel\n");
+    for (int R : {gpus, 1}) {
+        for (const auto& k : cases) {
+            Config c;
+            c.G = c.R = R, c.K = 8, c.E = k.E, c.H = k.H, c.M = k.T, c.wire = R == 1 ? moe::kRows : moe::kLines;
+            c.empty = c.direct = true;
+            const double direct = time_config(c, k.T, kFused);
+            c.direct = false;
+            const double empty = time_config(c, k.T, kFused);
+            c.lasting = true;
+            const double lasting = time_config(c, k.T, kFused);
+            c.lasting = false, c.M = 128;
+            std::printf("R %d H %d T %3d: %6.2f %6.2f %6.2f %6.2f\n", R, k.H, k.T, direct, empty, lasting, time_config(c, k.T, kFused));
+            std::fflush(stdout);
+        }
+        if (gpus == 1) break;
+    }
+}
+
 void time_all(int gpus, bool sweep, bool thresholds) {
     const struct { int H, E, T; double aim; } cases[] = {
         {7168, 256, 1, 8}, {7168, 256, 8, 8.5}, {7168, 256, 32, 10}, {7168, 256, 128, 19},
@@ -995,6 +1106,10 @@ int main(int argc, char** argv) {
     else if (mode == "faults") faults(gpus);
     else if (mode == "time") time_all(gpus, false, false);
     else if (mode == "sweep") time_all(gpus, true, false);
+    else if (mode == "pairs") time_pairs(gpus);
+#ifdef MOE_TRACE
+    else if (mode == "trace") trace_dispatch(gpus, argc > 2 ? std::atoi(argv[2]) : 0);
+#endif
     else if (mode == "sizes") time_all(gpus, false, true);
     std::printf("%s: %ld checks, %d failed\n", g_failed ? "FAILED" : "ok", g_checked.load(), g_failed.load());
     return g_failed ? 1 : 0;

@@ -239,6 +239,7 @@ class Layer {
         p.routing_input = c.input, p.scoring = c.scoring, p.renormalise = c.renormalise;
         p.groups = c.groups, p.topk_groups = c.topk_groups, p.scale = c.scale;
         p.activation = c.activation, p.alpha = 1.702f, p.limit = c.activation ? 1.0f : INFINITY;
+        p.early_next = c.R == 1;
         p.timeout_ns = p.first_timeout_ns = c.timeout_ns;
     }
 
@@ -398,7 +399,8 @@ class Layer {
             put(members, &everyone, 8);
             d.members = members, d.stats = stats + r * c.R;
             d.peer_totals = alloc<uint64_t>(moe::kPeerWords * c.R, false);
-            d.received = alloc<int32_t>(static_cast<int64_t>(c.R) * L, true);
+            d.received_totals = alloc<uint64_t>(static_cast<int64_t>(c.R) * L, false);
+            d.received_rows = alloc<uint64_t>(static_cast<int64_t>(c.R) * L, false);
             d.error = errors + r, d.counters = counters + r;
             d.work = alloc<uint32_t>(8, false);
             d.expert_done = alloc<uint32_t>(L, false);

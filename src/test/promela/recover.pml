@@ -8,9 +8,13 @@
  * last generation nothing may expire, so each rank must end with every step valid: a stale or late
  * word that hurts shows as a failed assertion or a rank that waits for ever.
  *
+ * The host is told of a step when the kernel that combines begins, before the step can no longer fail. It
+ * takes for valid what was told, but nothing from the step on that the error record names, and it asks when
+ * the stream has ended. AS_IMPLEMENTED tells at the end, as the wire of rows still does.
+ *
  * Abort: the thread that claims the error record stores the generation into the abort word [from] of
  * each peer; every wait looks at these words until its flags are there. -DAS_IMPLEMENTED: the kernels
- * as they are: no generation, no abort words, a silent rank's next flags carry ABORT instead.
+ * as they were: no generation, no abort words, a silent rank's next flags carry ABORT instead.
  *
  * -DRANKS=2..3   -DFIRST_STEPS=n of generation 0   -DEXPIRIES=n   -DGENERATIONS=1|2   -DSPLIT_WIRE payload and flag land one by one
  * -DNO_WIRE      stores land as issued, one destination after the other (for 3 ranks)
@@ -21,6 +25,7 @@
  * -DREPLACE      and a new process takes its place, in slots of its own
  * -DUNCHECKED    a flag ahead of the epoch is no error of its own: a mutant must show in the data
  * Mutants: NO_GENERATION EPOCH_KEPT NO_MEETING FLAGS_CLEARED NOT_SILENT ABORT_WITHOUT_GENERATION
+ *          VALID_AS_TOLD the host takes for valid what it was told  ASKED_TOO_EARLY before the stream has ended
  *          WAIT_EQUAL (AS_IMPLEMENTED) WRITE_TO_EVICTED (EVICT) REUSED_SLOTS (REPLACE)
  */
 #ifndef RANKS
@@ -248,10 +253,25 @@ end:
 #define FORGET_SEEN skip
 #endif
 
+/* What the host takes for the last valid step */
+#ifdef VALID_AS_TOLD
+#define VALID told_of
+#else
+#define VALID (fault && failed <= told_of -> failed - 1 : told_of)
+#endif
+#define FAIL fault = 1; failed = e
+#ifdef AS_IMPLEMENTED
+#define TELL_EARLY skip
+#else
+#define TELL_EARLY told_of = e
+#endif
+
 proctype Rank(byte me; byte generation) {
     byte members = (generation == 0 -> EVERYONE : NEXT_MEMBERS);
     byte e = generation * 4;
-    byte valid = 0;             /* valid_epoch of the error record */
+    byte told_of = 0;           /* valid_epoch of the error record */
+    byte failed = 0;            /* epoch of the error record */
+    byte done = 0;              /* the last step whose results were all read */
     byte step = 0;
     byte i = 0;
     bit fault = 0;              /* arrivals[kFaultClaimed] */
@@ -276,8 +296,8 @@ next_step:
     do
     :: atomic { fault -> break }
     :: d_step { !fault && GOOD(dispatch_flag) -> NOBODY_IS_AHEAD(dispatch_flag); READ_ALL(recv, 0) }; break
-    :: d_step { !fault && ENDED(dispatch_flag) -> fault = 1 }; break
-    :: d_step { !fault && MAY_EXPIRE(dispatch_flag) -> expiries++; fault = 1 }; break
+    :: d_step { !fault && ENDED(dispatch_flag) -> FAIL }; break
+    :: d_step { !fault && MAY_EXPIRE(dispatch_flag) -> expiries++; FAIL }; break
 #ifdef AS_IMPLEMENTED
     :: LOOK(dispatch_flag, 0)
     :: LOOK(dispatch_flag, 1)
@@ -290,17 +310,20 @@ next_step:
     /* GEMMs and moe_combine_send; after a fault nothing is read */
     if
     :: atomic { fault -> skip }
-    :: d_step { !fault -> READ_ALL(recv, 1) }
+    :: d_step { !fault -> READ_ALL(recv, 1); TELL_EARLY }
     fi;
+#ifdef ASKED_TOO_EARLY
+    assert(VALID <= done);
+#endif
     SEND(combined, combine_flag);
     MAY_DIE;
-    /* moe_combine_recv: the wait and first read; last read and publish_step */
+    /* moe_combine_recv: the wait and first read; last read */
     do
     :: atomic { fault -> break }
     :: d_step { !fault && GOOD(combine_flag) -> NOBODY_IS_AHEAD(combine_flag); READ_ALL(combined, 0) };
-       d_step { READ_ALL(combined, 1); valid = e }; break
-    :: d_step { !fault && ENDED(combine_flag) -> fault = 1 }; break
-    :: d_step { !fault && MAY_EXPIRE(combine_flag) -> expiries++; fault = 1 }; break
+       d_step { READ_ALL(combined, 1); told_of = e; done = e }; break
+    :: d_step { !fault && ENDED(combine_flag) -> FAIL }; break
+    :: d_step { !fault && MAY_EXPIRE(combine_flag) -> expiries++; FAIL }; break
 #ifdef AS_IMPLEMENTED
     :: LOOK(combine_flag, 0)
     :: LOOK(combine_flag, 1)
@@ -318,7 +341,8 @@ ended:
     :: else
     fi;
 #endif
-    assert(fault || valid == e);
+    assert(fault || VALID == e);
+    assert(VALID == done);
     assert(!fault || expiries > 0);
     assert(generation == 0 || !fault);
     if
@@ -344,7 +368,9 @@ ended:
             fault = 0;
             told = 0;
             step = 0;
-            valid = 0
+            told_of = 0;
+            done = 0;
+            failed = 0
         }
         goto next_step
     :: else

@@ -4,8 +4,9 @@
 // store travel whole (docs/ordering.md says what that rests on).
 //
 // dispatch_lines of a rank, for each source: the ids of all M tokens, then M rows.
-//   ids    line i: word 0 the source's T, then 16-bit entries of tokens i*each .. , K each: local
-//          expert id, kRepeated if the token names it again, kNoEntry if it is not here or past T
+//   ids    line i: word 0 the source's T, then 16-bit entries of tokens i*each .. , K each, as the caller
+//          gave them: global expert id, kNoEntry if it is none; past T anything. The same for every
+//          destination, so that they can leave before anything is known of them
 //   rows   K weights (an even number of words), then Hp bf16
 // combine_lines of a rank, for each expert rank: M rows of Hp bf16.
 // All id lines are sent in every step, rows where the token has an expert of the rank.
@@ -21,8 +22,6 @@ constexpr int kLanesPerLine = 8;
 constexpr int kWarpLines = 32 / kLanesPerLine;  // a warp moves so many lines at once: a piece
 constexpr int kIdsPerLine = 2 * (kLineWords - 1);
 constexpr uint32_t kNoEntry = 0xffff;
-constexpr uint32_t kRepeated = 0x4000;
-constexpr uint32_t kEntryId = 0x3fff;
 
 // Words of a token's row that stand before its columns.
 __host__ __device__ constexpr int header_words(int top_k) { return (top_k + 1) / 2 * 2; }
@@ -51,6 +50,21 @@ __host__ __device__ constexpr int64_t dispatch_lines_of(int max_tokens, int hidd
            static_cast<int64_t>(max_tokens) * dispatch_row_lines(hidden_pad, top_k);
 }
 
+// Divides by a number that no step changes, exact while n * divisor < 2^32. why: a division is 20
+// instructions and a hundred cycles.
+struct Divider {
+    uint32_t divisor;
+    uint32_t magic;  // 2^32 / divisor, rounded up
+
+    __device__ __forceinline__ static Divider of(int divisor) {
+        const uint32_t d = divisor < 1 ? 1 : divisor;
+        return Divider{d, d == 1 ? 0 : 0xffffffffu / d + 1};
+    }
+    __device__ __forceinline__ int quotient(int n) const {
+        return divisor == 1 ? n : static_cast<int>(__umulhi(static_cast<uint32_t>(n), magic));
+    }
+};
+
 // A local rank and the regions of all ranks, in shared memory: what bind wrote and no step changes, so
 // that a kernel may read it before the one before it has ended.
 struct Here : LocalRank {
@@ -60,6 +74,12 @@ struct Here : LocalRank {
     int32_t id_line_count;
     int32_t row_lines;         // of a dispatched row
     int32_t result_lines;      // of a combined row
+    Divider by_top_k;
+    Divider by_experts;        // of a rank
+    Divider by_ids_per_line;
+    Divider by_id_lines;       // of a source
+    Divider by_row_pieces;     // of a row in lines
+    Divider by_plain_pieces;   // of 512 bytes
 
     __device__ __forceinline__ Symmetric of(const StepParams& p, int rank) const {
         return Symmetric{regions[rank], p};
@@ -85,6 +105,17 @@ __device__ __forceinline__ void load_here(Here& here, const StepParams& p) {
         here.row_lines = dispatch_row_lines(p.hidden_pad, p.top_k);
         here.result_lines = combine_row_lines(p.hidden_pad);
         here.source_bytes = dispatch_lines_of(p.max_tokens, p.hidden_pad, p.top_k) * kLineBytes;
+    }
+    if (threadIdx.x >= 32 * 6 && threadIdx.x < 32 * 6 + 6) {
+        // One division for all: a thread each
+        const int which = static_cast<int>(threadIdx.x) - 32 * 6;
+        int divisor = (p.hidden_pad / 2 + 127) / 128;
+        divisor = which == 0 ? p.top_k : divisor;
+        divisor = which == 1 ? p.experts_per_rank : divisor;
+        divisor = which == 2 ? tokens_per_id_line(p.top_k) : divisor;
+        divisor = which == 3 ? id_lines(p.max_tokens, p.top_k) : divisor;
+        divisor = which == 4 ? (dispatch_row_lines(p.hidden_pad, p.top_k) + kWarpLines - 1) / kWarpLines : divisor;
+        (&here.by_top_k)[which] = Divider::of(divisor);
     }
     __syncthreads();
 }
@@ -116,8 +147,13 @@ struct Lines {
     __device__ __forceinline__ uint8_t* ids(int source, int line) const {
         return base + p.off_dispatch_lines + source * here.source_bytes + line * kLineBytes;
     }
+    // In every region.
+    __device__ __forceinline__ static int64_t row_offset(const StepParams& p, const Here& here, int source, int token) {
+        return p.off_dispatch_lines + source * here.source_bytes +
+               (here.id_line_count + static_cast<int64_t>(token) * here.row_lines) * kLineBytes;
+    }
     __device__ __forceinline__ uint8_t* row(int source, int token) const {
-        return ids(source, here.id_line_count) + static_cast<int64_t>(token) * here.row_lines * kLineBytes;
+        return base + row_offset(p, here, source, token);
     }
     __device__ __forceinline__ uint8_t* result(int rank, int token) const {
         return base + p.off_combine_lines +
@@ -191,24 +227,15 @@ struct LineWait {
     }
 };
 
-// Four elements [index, index + 4) as bf16, the last 4 - valid of them zero and not read.
-__device__ __forceinline__ uint2 load_4_as_bf16(const void* base, int64_t index, int valid, int32_t dtype,
-                                                bool vectors) {
-    if (dtype == kBF16 && vectors && valid >= 4) {
-        return *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(base) + index);
+// Elements index and index + 1 as a word of bf16, those from valid on zero and not read.
+__device__ __forceinline__ uint32_t load_2_as_bf16(const void* base, int64_t index, int valid, int32_t dtype) {
+    if (dtype == kBF16) {
+        const uint16_t* from = static_cast<const uint16_t*>(base) + index;
+        const uint32_t low = valid > 0 ? from[0] : 0;
+        return low | (valid > 1 ? static_cast<uint32_t>(from[1]) << 16 : 0);
     }
-    float v[4];
-    uint32_t raw[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        if (dtype == kBF16) {
-            raw[i] = i < valid ? static_cast<const uint16_t*>(base)[index + i] : 0;
-        } else {
-            v[i] = i < valid ? load_element(base, index + i, dtype) : 0.0f;
-        }
-    }
-    return dtype == kBF16 ? make_uint2(raw[0] | raw[1] << 16, raw[2] | raw[3] << 16)
-                          : make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
+    return pack_bf16(valid > 0 ? load_element(base, index, dtype) : 0.0f,
+                     valid > 1 ? load_element(base, index + 1, dtype) : 0.0f);
 }
 
 }  // namespace moe

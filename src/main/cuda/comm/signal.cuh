@@ -43,6 +43,8 @@ __device__ __forceinline__ bool claim_error_record(const LocalRank& me, FaultCod
     record->epoch_expected = expected;
     record->epoch_seen = seen;
     record->waited_ns = waited_ns;
+    // why not always the word: a dispatch kernel of many CTAs writes it while others wait already
+    record->epoch = op == kOpExperts ? me.epoch[kThisStep] : expected;
     ptx::store_release_sys(&record->code, static_cast<uint32_t>(code));
     return true;
 }

@@ -4,7 +4,7 @@
 // A CTA handles chunks of 2048 columns of a token, 8 a thread; rows are added in rank order and
 // ranks without an expert of the token are skipped. The shared expert's gate, a dot product over H,
 // is summed in float64 by a fixed tree in each CTA that needs it. After a fault nothing is written
-// and valid_epoch stays; the last CTA publishes counters, then valid_epoch with release.
+// and valid_epoch stays; the last CTA tells the host of the step.
 // Reads combine_flags, combine_rows, home_mask, hidden, shared_out. Writes out rows < T, counters.
 #include "../comm/publish.cuh"
 #include "../comm/signal.cuh"
@@ -85,6 +85,21 @@ __device__ __forceinline__ void combine_token(const StepParams& p, const LocalRa
     store_8(me.out, at, sum, valid, p.out_dtype, vectors);
 }
 
+// What the last CTA tells the host. why not inlined: it would cost the rows their registers
+__device__ __noinline__ void tell_of_whole_step(const StepParams& p, const LocalRank& me) {
+    if (threadIdx.x < 32) {
+        publish_peers(p, me);
+    } else if (threadIdx.x < 64) {
+        publish_counters(me, me.epoch[kThisStep]);
+    }
+    for (int peer = threadIdx.x; peer < p.num_ranks; peer += kOutThreads) {
+        me.stats[peer].rows_received = me.peer_totals[peer * kPeerWords + kPeerRows];
+    }
+    for (int i = threadIdx.x; i < p.num_ranks * p.experts_per_rank; i += kOutThreads) {
+        me.received_rows[i] = me.received_totals[i];
+    }
+}
+
 }  // namespace moe
 
 extern "C" __global__ __launch_bounds__(moe::kOutThreads)
@@ -117,12 +132,7 @@ void moe_combine_recv(const __grid_constant__ moe::StepParams p) {
 
     if (arrive_is_last(me.arrivals + kCombineDone, arriving)) {
         if (!has_fault(me)) {
-            if (threadIdx.x < p.num_ranks) {
-                publish_peer(me, threadIdx.x);
-            }
-            if (threadIdx.x == 0) {
-                publish_step(me);
-            }
+            tell_of_whole_step(p, me);
         }
         if (threadIdx.x == 0) {
             me.epoch[kLastStep] = me.epoch[kThisStep];

@@ -5,7 +5,7 @@
 // its header at once, so an expert named twice by a token gives one row, which both mentions share.
 // why two kernels: an expert's first row needs the counts of all experts before it.
 // Reads recv_tokens, recv_ids. Writes expert_counts; expert_offsets, expert_rows, packed_row_of,
-// received, and the rows of each source in peer_totals.
+// received_totals, and the rows of each source in peer_totals.
 #include "../comm/signal.cuh"
 #include "../layout/recv_buffer.cuh"
 
@@ -187,7 +187,7 @@ void moe_dispatch_index(const __grid_constant__ moe::StepParams p) {
         }
         __syncthreads();
         for (int source = threadIdx.x; source < p.num_ranks; source += kIndexThreads) {
-            me.received[source * p.experts_per_rank + expert] = by_source[source];
+            me.received_totals[source * p.experts_per_rank + expert] += by_source[source];
         }
         __syncthreads();
     }

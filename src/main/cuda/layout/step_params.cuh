@@ -65,8 +65,9 @@ struct alignas(64) ErrorRecord {
     uint64_t epoch_expected;
     uint64_t epoch_seen;
     uint64_t waited_ns;
-    uint64_t valid_epoch;   // last epoch whose output is complete; written by combine_recv
-    uint64_t reserved[2];
+    uint64_t valid_epoch;   // newest step of this rank that had no fault when its combine began, or ended
+    uint64_t epoch;         // the step that failed: it and later ones are not valid, whatever valid_epoch says
+    uint64_t reserved;
 };
 static_assert(sizeof(ErrorRecord) == 64, "one cache line, no sharing between ranks");
 
@@ -146,7 +147,8 @@ struct LocalRank {
     uint64_t* members;            // [1] device; bit r: rank r takes part. The host writes it between steps
     PeerStats* stats;             // [R] pinned
     uint64_t* peer_totals;        // [R][4] device totals behind PeerStats, same order
-    int32_t* received;            // [R][L] rows of each source and local expert in this step
+    uint64_t* received_totals;    // [R][L] device: rows of each source and local expert, all steps
+    uint64_t* received_rows;      // [R][L] pinned, the same for the host
 };
 
 // Words of LocalRank::work.
@@ -185,6 +187,9 @@ struct StepParams {
     float alpha;
     float limit;
     int32_t wire;                 // Wire
+    int32_t early_next;           // 1: nothing else on the GPU waits for a rank of the group, so what
+                                  // follows combine may start while combine still waits
+    int32_t pad0;
     uint64_t timeout_ns;          // bound of every wait
     uint64_t first_timeout_ns;    // the same in the first step of a generation
 

@@ -20,6 +20,13 @@ __device__ __forceinline__ void cp_async_16(uint32_t to_shared, const void* from
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to_shared), "l"(from) : "memory");
 }
 
+// 8 bytes.
+__device__ __forceinline__ void cp_async_8(uint32_t to_shared, const void* from, bool valid) {
+    const uint32_t bytes = valid ? 8 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to_shared), "l"(from), "r"(bytes)
+                 : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }

@@ -4,6 +4,14 @@
 
 namespace moe::ptx {
 
+// The same address, of which the compiler now knows that it is no shared memory: what is read from there
+// need not be read again behind a store.
+template <class T>
+__device__ __forceinline__ T* global(T* address) {
+    __builtin_assume(__isGlobal(address));
+    return address;
+}
+
 __device__ __forceinline__ uint64_t load_acquire_sys(const uint64_t* address) {
     uint64_t value;
     asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
@@ -35,6 +43,17 @@ __device__ __forceinline__ void store_line_sys(void* address, uint4 value) {
                  : "memory");
 }
 
+// A lane's 4 bytes of a line, the whole warp side by side: one transaction as well.
+__device__ __forceinline__ void store_line_word_sys(void* address, uint32_t value) {
+    asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_line_word_sys(const void* address) {
+    uint32_t value;
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
+
 __device__ __forceinline__ uint4 load_line_sys(const void* address) {
     uint4 value;
     asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -42,15 +61,6 @@ __device__ __forceinline__ uint4 load_line_sys(const void* address) {
                  : "l"(address)
                  : "memory");
     return value;
-}
-
-__device__ __forceinline__ uint32_t add_acq_rel_gpu(uint32_t* address, uint32_t value) {
-    uint32_t before;
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
-                 : "=r"(before)
-                 : "l"(address), "r"(value)
-                 : "memory");
-    return before;
 }
 
 __device__ __forceinline__ uint64_t load_relaxed_sys(const uint64_t* address) {
@@ -73,11 +83,6 @@ __device__ __forceinline__ uint32_t load_acquire_gpu(const uint32_t* address) {
 
 __device__ __forceinline__ void add_release_gpu(uint32_t* address, uint32_t value) {
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
-}
-
-// Brings a line to this multiprocessor; nothing waits for it.
-__device__ __forceinline__ void prefetch_l1(const void* address) {
-    asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
 }
 
 __device__ __forceinline__ void fence_acq_rel_sys() {

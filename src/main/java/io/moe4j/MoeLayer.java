@@ -257,10 +257,11 @@ public interface MoeLayer extends AutoCloseable {
     void check();
 
     /**
-     * {@return the number of the last step of a handle whose output is complete; steps of a handle
-     * are numbered from 1, or after a recovery from its {@link Recovery#epoch} + 1, in the order
-     * they are enqueued} Reads host memory only; it is not a sync, so the value may lag behind work
-     * that is still running.
+     * {@return the number of the last step of a handle that is valid; steps of a handle are
+     * numbered from 1, or after a recovery from its {@link Recovery#epoch} + 1, in the order they
+     * are enqueued} Exact once the caller has waited for the stream of the steps it asks about.
+     * Reads host memory only; it is not a sync: while a step runs, its number may show before its
+     * output is complete, and go away if it fails.
      *
      * @param handle 0 to {@code config().handles() − 1}
      * @throws IllegalStateException before prepare or after close

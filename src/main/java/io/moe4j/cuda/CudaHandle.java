@@ -17,6 +17,7 @@ import java.nio.ByteOrder;
 import java.util.List;
 import java.util.Set;
 import java.util.function.LongSupplier;
+import java.util.stream.LongStream;
 
 /**
  * The buffers, flags and epochs of one step in flight: per rank a symmetric region and a workspace,
@@ -38,6 +39,7 @@ final class CudaHandle implements AutoCloseable {
                     "combine_lines",
                     "members",
                     "peer_totals",
+                    "received_totals",
                     "epoch",
                     "arrivals",
                     "totals",
@@ -45,6 +47,7 @@ final class CudaHandle implements AutoCloseable {
                     "expert_done");
 
     private final DeviceLayout layout;
+    private final MoeConfig config;
     private final Context context;
     private final int firstLocalRank;
     private final int ranks;
@@ -67,6 +70,7 @@ final class CudaHandle implements AutoCloseable {
      */
     CudaHandle(Context context, DeviceLayout layout, MoeConfig config, LongSupplier regions) {
         this.layout = layout;
+        this.config = config;
         this.context = context;
         this.firstLocalRank = config.firstLocalRank();
         this.ranks = config.ranks();
@@ -136,10 +140,14 @@ final class CudaHandle implements AutoCloseable {
     void begin(long epoch, long members) {
         ByteBuffer words = ByteBuffer.allocateDirect(16).order(ByteOrder.nativeOrder());
         words.putLong(0, epoch).putLong(8, epoch);
+        ByteBuffer steps = ByteBuffer.allocateDirect(8).order(ByteOrder.nativeOrder());
         try (Scope scope = context.enter()) {
             for (int local = 0; local < symmetric.length; local++) {
                 int rank = firstLocalRank + local;
                 context.driver().memcpyHtoD(workspace(rank, "epoch"), words);
+                // why: the step that failed may have counted itself; "steps" is the first total
+                context.driver()
+                        .memcpyHtoD(workspace(rank, "totals"), steps.putLong(0, steps(rank)));
                 for (String counters : List.of("arrivals", "work", "expert_done")) {
                     context.driver()
                             .memsetD8(
@@ -153,13 +161,40 @@ final class CudaHandle implements AutoCloseable {
             context.driver().streamSynchronize(0L);
         }
         for (int local = 0; local < symmetric.length; local++) {
-            INT.setRelease(
-                    pinned.bytes(),
-                    errorOffset(firstLocalRank + local) + DeviceStructs.ERROR_RECORD.offset("code"),
-                    0);
+            clearFault(firstLocalRank + local);
         }
         nextPhase = Phase.ROUTE;
         stepInFlight = null;
+    }
+
+    /** What the device told of the step that failed goes with its fault. */
+    private void clearFault(int rank) {
+        int error = errorOffset(rank);
+        long steps = steps(rank);
+        LONG.setOpaque(
+                pinned.bytes(),
+                error + DeviceStructs.ERROR_RECORD.offset("valid_epoch"),
+                validEpoch(rank));
+        LONG.setOpaque(
+                pinned.bytes(),
+                countersOffset(rank) + DeviceStructs.SOFT_COUNTERS.offset("steps"),
+                steps);
+        INT.setRelease(pinned.bytes(), error + DeviceStructs.ERROR_RECORD.offset("code"), 0);
+    }
+
+    /**
+     * The last step of a rank with a valid output; exact when the stream has ended. why not the
+     * record's word: the kernel that combines tells of its step before the step can no longer fail.
+     */
+    long validEpoch(int rank) {
+        long told = errorLong(rank, "valid_epoch");
+        return errorCode(rank) == 0 ? told : Math.min(told, errorLong(rank, "epoch") - 1);
+    }
+
+    /** The steps of a rank with a valid output; exact when the stream has ended. */
+    long steps(int rank) {
+        long told = counter(rank, "steps");
+        return validEpoch(rank) == errorLong(rank, "valid_epoch") ? told : told - 1;
     }
 
     /** What the device last told of a local rank and a peer. */
@@ -171,7 +206,8 @@ final class CudaHandle implements AutoCloseable {
                 peerStat(rank, peer, "rows_received"),
                 peerStat(rank, peer, "waited_ns"),
                 peerStat(rank, peer, "waited_ns_combine"),
-                peerStat(rank, peer, "waited_total_ns"));
+                peerStat(rank, peer, "waited_total_ns"),
+                expertRows(rank, peer));
     }
 
     /** Tells the device where the symmetric regions of the first ranks are. */
@@ -223,6 +259,32 @@ final class CudaHandle implements AutoCloseable {
         return pinned.deviceAddress() + statsOffset(rank);
     }
 
+    /** Address by which the device writes the rows of each source and expert of a local rank. */
+    long receivedAddress(int rank) {
+        return pinned.deviceAddress() + receivedOffset(rank);
+    }
+
+    private List<Long> expertRows(int rank, int peer) {
+        int experts = config.expertsPerRank();
+        return LongStream.range(0, config.expertsOn(rank))
+                .map(
+                        expert ->
+                                (long)
+                                        LONG.getOpaque(
+                                                pinned.bytes(),
+                                                receivedOffset(rank)
+                                                        + (int) (peer * (long) experts + expert)
+                                                                * Long.BYTES))
+                .boxed()
+                .toList();
+    }
+
+    /** For tests as well: where the rows of source 0 and local expert 0 are told. */
+    int receivedOffset(int rank) {
+        return (int) layout.pinned().offset("received")
+                + (rank - firstLocalRank) * ranks * config.expertsPerRank() * Long.BYTES;
+    }
+
     /** A field of what a local rank knows of a peer. */
     long peerStat(int rank, int peer, String field) {
         return (long)
@@ -233,7 +295,7 @@ final class CudaHandle implements AutoCloseable {
                                 + DeviceStructs.PEER_STATS.offset(field));
     }
 
-    private int statsOffset(int rank) {
+    int statsOffset(int rank) {
         return (int) layout.pinned().offset("peers")
                 + (rank - firstLocalRank) * ranks * DeviceStructs.PEER_STATS.size();
     }

@@ -382,7 +382,7 @@ final class CudaLayer implements MoeLayer {
         long overCapacity = 0;
         long lost = 0;
         for (CudaHandle handle : handles) {
-            steps += handle.counter(config.firstLocalRank(), "steps");
+            steps += handle.steps(config.firstLocalRank());
             for (int rank = firstRank(); rank < endRank(); rank++) {
                 dropped += handle.counter(rank, "dropped_ids");
                 duplicates += handle.counter(rank, "duplicate_ids");
@@ -482,7 +482,7 @@ final class CudaLayer implements MoeLayer {
                 handle.errorLong(rank, "waited_ns"),
                 handle.errorLong(rank, "epoch_expected"),
                 handle.errorLong(rank, "epoch_seen"),
-                handle.errorLong(rank, "valid_epoch"));
+                handle.validEpoch(rank));
     }
 
     static String describe(LayerFault fault) {
@@ -603,7 +603,7 @@ final class CudaLayer implements MoeLayer {
     private long lastValid(int handle) {
         long epoch = Long.MAX_VALUE;
         for (int rank = firstRank(); rank < endRank(); rank++) {
-            epoch = Math.min(epoch, handles[handle].errorLong(rank, "valid_epoch"));
+            epoch = Math.min(epoch, handles[handle].validEpoch(rank));
         }
         return epoch;
     }

@@ -123,12 +123,13 @@ final class StepPacker {
                         "expert_done",
                         "members",
                         "peer_totals",
-                        "received")) {
+                        "received_totals")) {
             to.put(buffer, handle.workspace(rank, buffer));
         }
         to.put("error", handle.errorAddress(rank));
         to.put("counters", handle.countersAddress(rank));
         to.put("stats", handle.statsAddress(rank));
+        to.put("received_rows", handle.receivedAddress(rank));
     }
 
     /** A rank's experts are consecutive in the layer's buffers, which hold the local ranks'. */
@@ -186,6 +187,7 @@ final class StepPacker {
         }
         boolean lines = layout.symmetric().has("dispatch_lines");
         to.put("wire", kernels.lines() ? 1 : 0);
+        to.put("early_next", kernels.waitsAlone() ? 1 : 0);
         for (String buffer : List.of("dispatch_lines", "combine_lines")) {
             to.put("off_" + buffer, lines ? layout.symmetric().offset(buffer) : 0L);
         }

@@ -25,6 +25,7 @@ import java.util.List;
 import java.util.Random;
 import java.util.Set;
 import java.util.concurrent.TimeUnit;
+import java.util.stream.IntStream;
 import org.junit.jupiter.api.AfterEach;
 import org.junit.jupiter.api.BeforeEach;
 import org.junit.jupiter.api.Test;
@@ -170,6 +171,9 @@ class FaultMultiGpuTest {
             assertThat(Duration.ofNanos(waited.waitedNanos()))
                     .isBetween(GpuRank.BUDGET.dividedBy(3), GpuRank.BUDGET);
             assertThat(waited.rowsReceived()).isEqualTo(visits(batches[late], waiting));
+            assertThat(waited.expertRowsTotal())
+                    .as("in the %d steps so far", late + 3)
+                    .isEqualTo(expertRows(batches[late], waiting, late + 3));
             assertThat(ranks[waiting].harness.layer.peers().get(waiting).waitedNanos())
                     .as("nobody waits long for itself")
                     .isLessThan(10_000_000);
@@ -200,6 +204,23 @@ class FaultMultiGpuTest {
         return Arrays.stream(batch.ids())
                 .filter(ids -> Arrays.stream(ids).anyMatch(id -> id / local == rank))
                 .count();
+    }
+
+    /** Tokens that choose each expert of a rank, so many times. */
+    private static List<Long> expertRows(Batch batch, int rank, long times) {
+        int local = GpuRank.config().expertsPerRank();
+        return IntStream.range(rank * local, (rank + 1) * local)
+                .mapToObj(
+                        expert ->
+                                times
+                                        * Arrays.stream(batch.ids())
+                                                .filter(
+                                                        ids ->
+                                                                Arrays.stream(ids)
+                                                                        .anyMatch(
+                                                                                id -> id == expert))
+                                                .count())
+                .toList();
     }
 
     /** Opens the ranks anew with rows that travel in another form. */

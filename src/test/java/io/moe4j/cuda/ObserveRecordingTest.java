@@ -278,6 +278,7 @@ class ObserveRecordingTest {
         page.putLong(at + DeviceStructs.ERROR_RECORD.offset("epoch_seen"), 6);
         page.putLong(at + DeviceStructs.ERROR_RECORD.offset("waited_ns"), 2_000_500_000L);
         page.putLong(at + DeviceStructs.ERROR_RECORD.offset("valid_epoch"), 5);
+        page.putLong(at + DeviceStructs.ERROR_RECORD.offset("epoch"), 7);
         page.putInt(at + DeviceStructs.ERROR_RECORD.offset("code"), 1);
     }
 

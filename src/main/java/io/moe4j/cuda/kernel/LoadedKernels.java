@@ -41,6 +41,7 @@ public final class LoadedKernels implements AutoCloseable {
     private static final long FEW_BYTES = 400_000_000;
 
     private final KernelModule module;
+    private final boolean waitsAlone;
     private final Map<String, Kernel> bySymbol = new LinkedHashMap<>();
     private final Flow rows;
 
@@ -65,6 +66,7 @@ public final class LoadedKernels implements AutoCloseable {
     private final Kernel down;
 
     LoadedKernels(Context context, KernelCatalog catalog, MoeConfig config, int sharing) {
+        waitsAlone = sharing == 1 && config.localRanks() == 1 && config.handles() == 1;
         module = new KernelModule(context, catalog.file(), catalog.imageBytes());
         try {
             int sms = context.attribute(DeviceAttribute.MULTIPROCESSOR_COUNT);
@@ -261,8 +263,8 @@ public final class LoadedKernels implements AutoCloseable {
                     case "gemm" -> 2L * sms;
                     case "sm" -> sms;
                     case "pairs" -> Math.max(2, sms / 2 * 2);
-                    case "moves" -> clamp(1 + (m * pieces + 63) / 64, together);
-                    case "sums" -> clamp((m * pieces + 3) / 4, together);
+                    case "moves" -> clamp(1 + (m * pieces + 15) / 16, together);
+                    case "sums" -> clamp(1 + (m * pieces + 3) / 4, together);
                     case "pack" -> 8L * sms;
                     case "peers" -> 2L * config.ranks();
                     case "one" -> 1;
@@ -299,6 +301,14 @@ public final class LoadedKernels implements AutoCloseable {
      */
     public Kernel[] of(Phase phase) {
         return flow.byPhase().get(phase);
+    }
+
+    /**
+     * {@return whether a kernel of this layer that waits for a peer is the only one on its GPU: one
+     * step in flight, and no other rank of the group}
+     */
+    public boolean waitsAlone() {
+        return waitsAlone;
     }
 
     /** {@return whether rows travel in lines that carry the epoch} */

@@ -113,7 +113,7 @@ public final class DeviceLayout {
         workspace.add("expert_done", "L*4", l, 4);
         workspace.add("members", "8", 8);
         workspace.add("peer_totals", "R*32", r, 32);
-        workspace.add("received", "R*L*4", r, l, 4);
+        workspace.add("received_totals", "R*L*8", r, l, 8);
 
         long held = config.localExperts();
         String h = config.group() == null ? "E" : "Er";
@@ -134,6 +134,7 @@ public final class DeviceLayout {
         pinned.add("errors", each + "64", local, DeviceStructs.ERROR_RECORD.size());
         pinned.add("counters", each + "64", local, DeviceStructs.SOFT_COUNTERS.size());
         pinned.add("peers", each + "R*64", local, r, DeviceStructs.PEER_STATS.size());
+        pinned.add("received", each + "R*L*8", local, r, l, 8);
     }
 
     private static long lines(long words) {

@@ -16,8 +16,8 @@ public final class DeviceStructs {
                     "u64 epoch_seen",
                     "u64 waited_ns",
                     "u64 valid_epoch",
-                    "u64 reserved0",
-                    "u64 reserved1");
+                    "u64 epoch",
+                    "u64 reserved");
 
     /** Totals of tolerated input, in pinned memory, one per local rank. */
     public static final CStruct SOFT_COUNTERS =
@@ -90,7 +90,8 @@ public final class DeviceStructs {
                     "ptr members",
                     "ptr stats",
                     "ptr peer_totals",
-                    "ptr received");
+                    "ptr received_totals",
+                    "ptr received_rows");
 
     /** The one parameter of every kernel of a step. */
     public static final CStruct STEP_PARAMS =
@@ -120,6 +121,8 @@ public final class DeviceStructs {
                     "f32 alpha",
                     "f32 limit",
                     "i32 wire",
+                    "i32 early_next",
+                    "i32 pad0",
                     "u64 timeout_ns",
                     "u64 first_timeout_ns",
                     "u64 off_dispatch_flags",
