@@ -50,18 +50,19 @@ __host__ __device__ constexpr int64_t dispatch_lines_of(int max_tokens, int hidd
            static_cast<int64_t>(max_tokens) * dispatch_row_lines(hidden_pad, top_k);
 }
 
-// Divides by a number that no step changes, exact while n * divisor < 2^32. why: a division is 20
-// instructions and a hundred cycles.
+// Divides numbers below 2^20 by one that no step changes. why floats: an inverse of them is there in 40
+// cycles, that of an integer in 200, and every kernel begins with these. Half of one more keeps the product
+// away from whole numbers by more than it is rounded.
 struct Divider {
-    uint32_t divisor;
-    uint32_t magic;  // 2^32 / divisor, rounded up
+    int32_t divisor;
+    float inverse;
 
     __device__ __forceinline__ static Divider of(int divisor) {
-        const uint32_t d = divisor < 1 ? 1 : divisor;
-        return Divider{d, d == 1 ? 0 : 0xffffffffu / d + 1};
+        const int d = divisor < 1 ? 1 : divisor;
+        return Divider{d, __frcp_rn(static_cast<float>(d))};
     }
     __device__ __forceinline__ int quotient(int n) const {
-        return divisor == 1 ? n : static_cast<int>(__umulhi(static_cast<uint32_t>(n), magic));
+        return __float2int_rz(__fmul_rn(static_cast<float>(n) + 0.5f, inverse));
     }
 };
 
@@ -87,37 +88,51 @@ struct Here : LocalRank {
     __device__ __forceinline__ Symmetric own(const StepParams& p) const { return of(p, this->rank); }
 };
 
-// Ends with a barrier.
-__device__ __forceinline__ void load_here(Here& here, const StepParams& p) {
-    static_assert(sizeof(LocalRank) % 8 == 0, "copied in words of 8 bytes");
-    const uint64_t* from = reinterpret_cast<const uint64_t*>(p.locals + blockIdx.y);
-    uint64_t* to = reinterpret_cast<uint64_t*>(static_cast<LocalRank*>(&here));
-    for (int i = threadIdx.x; i < static_cast<int>(sizeof(LocalRank) / 8); i += blockDim.x) {
-        to[i] = from[i];
+// Ends with a barrier. meanwhile: called while memory is read.
+template <class Meanwhile>
+__device__ __forceinline__ void load_here(Here& here, const StepParams& p, Meanwhile meanwhile) {
+    static_assert(sizeof(LocalRank) % 8 == 0 && sizeof(LocalRank) / 8 <= 64, "a thread for each word of 8 bytes");
+    const int thread = threadIdx.x;
+    const int rank = thread - 64;
+    uint64_t word = 0;
+    uint8_t* region = nullptr;
+    if (thread < static_cast<int>(sizeof(LocalRank) / 8)) {
+        word = reinterpret_cast<const uint64_t*>(ptx::global(p.locals + blockIdx.y))[thread];
+    } else if (rank >= 0 && rank < p.num_ranks) {
+        region = ptx::global(p.ranks)[rank].symmetric;
     }
-    const int rank = static_cast<int>(threadIdx.x) - 64;  // other warps than those above
-    if (rank >= 0 && rank < p.num_ranks) {
-        here.regions[rank] = p.ranks[rank].symmetric;
-    }
-    if (threadIdx.x == 32 * 5) {
-        here.ids_per_line = tokens_per_id_line(p.top_k);
-        here.id_line_count = id_lines(p.max_tokens, p.top_k);
-        here.row_lines = dispatch_row_lines(p.hidden_pad, p.top_k);
-        here.result_lines = combine_row_lines(p.hidden_pad);
-        here.source_bytes = dispatch_lines_of(p.max_tokens, p.hidden_pad, p.top_k) * kLineBytes;
-    }
-    if (threadIdx.x >= 32 * 6 && threadIdx.x < 32 * 6 + 6) {
-        // One division for all: a thread each
-        const int which = static_cast<int>(threadIdx.x) - 32 * 6;
+    meanwhile();
+    // Numbers of the configuration, a divisor a thread
+    const int which = thread - 32 * 6;
+    if (which >= 0 && which < 6) {
+        const int each = Divider::of(p.top_k).quotient(kIdsPerLine);
+        const int lines = Divider::of(each).quotient(p.max_tokens + each - 1);
+        const int row_lines = dispatch_row_lines(p.hidden_pad, p.top_k);
         int divisor = (p.hidden_pad / 2 + 127) / 128;
         divisor = which == 0 ? p.top_k : divisor;
         divisor = which == 1 ? p.experts_per_rank : divisor;
-        divisor = which == 2 ? tokens_per_id_line(p.top_k) : divisor;
-        divisor = which == 3 ? id_lines(p.max_tokens, p.top_k) : divisor;
-        divisor = which == 4 ? (dispatch_row_lines(p.hidden_pad, p.top_k) + kWarpLines - 1) / kWarpLines : divisor;
+        divisor = which == 2 ? each : divisor;
+        divisor = which == 3 ? lines : divisor;
+        divisor = which == 4 ? (row_lines + kWarpLines - 1) / kWarpLines : divisor;
         (&here.by_top_k)[which] = Divider::of(divisor);
+        if (which == 0) {
+            here.ids_per_line = each;
+            here.id_line_count = lines;
+            here.row_lines = row_lines;
+            here.result_lines = combine_row_lines(p.hidden_pad);
+            here.source_bytes = (lines + static_cast<int64_t>(p.max_tokens) * row_lines) * kLineBytes;
+        }
+    }
+    if (thread < static_cast<int>(sizeof(LocalRank) / 8)) {
+        reinterpret_cast<uint64_t*>(static_cast<LocalRank*>(&here))[thread] = word;
+    } else if (region != nullptr) {
+        here.regions[rank] = region;
     }
     __syncthreads();
+}
+
+__device__ __forceinline__ void load_here(Here& here, const StepParams& p) {
+    load_here(here, p, [] {});
 }
 
 // A warp's lines, all lanes together. why the barrier: only a warp that is converged stores or loads a

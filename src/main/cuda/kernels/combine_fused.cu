@@ -506,12 +506,14 @@ __device__ __forceinline__ void combine(const StepParams& p, CombineShared& shar
     const int warp_of_cta = uniform(static_cast<int>(threadIdx.x / 32));
     const int moving = static_cast<int>(gridDim.x > 1 ? gridDim.x - 1 : gridDim.x);
     const int warps = moving * kSumWarps;
-    const int senders = !kSends ? 0 : kRecv ? warps / 2 : warps;
+    const int pieces = ResultPiece<kPeers>::count(p);
+    // why fewer than half where warps have several units: the wire limits those that send
+    const int sending = p.max_tokens * pieces > warps / 2 ? warps * 3 / 8 : warps / 2;
+    const int senders = !kSends ? 0 : kRecv ? sending : warps;
     const int warp = warp_of_cta * moving + static_cast<int>(blockIdx.x);
     const bool sends = kSends && warp < senders;
     const int stride = sends ? senders : warps - senders;
     const int sources = !sends ? 1 : kRecv ? p.num_ranks - 1 : p.num_ranks;
-    const int pieces = ResultPiece<kPeers>::count(p);
     const UnitDivider by_sources(max(sources, 1));
     const UnitDivider by_pieces(pieces);
     auto locate = [&](int unit, int& token, int& source, int& at) {

@@ -38,9 +38,11 @@ constexpr int kFusedWarps = kFusedThreads / 32;
 constexpr int kListBits = 2048;      // words: (expert, 32 slots)
 constexpr int kCachedEntries = 4096;
 constexpr int kCachedLines = 128;    // of ids, of all sources
+constexpr int kStagedRows = 4096;    // rows of all lists
+constexpr int kFewRows = 256;        // which are not worth a barrier more
 constexpr int kLocalExperts = 1024;  // most experts of a rank
 constexpr int kPiecesInFlight = 2;   // of a warp that has several
-constexpr int kUnpackedAtOnce = 4;
+constexpr int kUnpackedAtOnce = 3;   // four spill
 constexpr int kEagerTokens = 128;    // whose rows are read before T is known
 
 // What a dispatch kernel takes its tokens from: the caller's ids if it sanitises, else route's.
@@ -817,7 +819,8 @@ struct LinesShared {
     uint32_t words[kCachedLines * 32];  // lines of all sources
     uint32_t bits[kListBits];   // [32 slots][expert]
     uint16_t before[kListBits]; // rows of the expert before those of a word
-    int32_t offsets[kFusedThreads];
+    uint16_t rows[kStagedRows]; // the row lists, if they are long
+    int32_t offsets[kFusedThreads + 1];
     int32_t tokens[kMaxRanks];
     uint64_t waited[kMaxRanks];  // ns, for the first line
     int32_t warp_sums[kFusedWarps];
@@ -1008,17 +1011,19 @@ __device__ __forceinline__ void sum_bits(const Here& me, LinesShared& shared, co
         offsets[e] = row;
         if (e == experts - 1) {
             offsets[experts] = row + count;
+            shared.offsets[experts] = row + count;
         }
     }
     __syncthreads();
 }
 
 // An entry of a slot: its row, and the slot into the row of its expert's list.
-__device__ __forceinline__ void write_entry(int32_t* expert_rows, int32_t* packed_row_of, const LinesShared& shared,
+template <class Row>
+__device__ __forceinline__ void write_entry(Row* expert_rows, int32_t* packed_row_of, const LinesShared& shared,
                                             const ListPlan& plan, int slot, int local, int64_t at) {
     const int word = (slot >> 5) * plan.batch + local;
     const int row = shared.offsets[local] + shared.before[word] + __popc(shared.bits[word] & ((1u << (slot & 31)) - 1));
-    expert_rows[row] = slot;
+    expert_rows[row] = static_cast<Row>(slot);
     packed_row_of[at] = row;
 }
 
@@ -1092,6 +1097,9 @@ __device__ __forceinline__ void build_lists(const StepParams& p, const Here& me,
     if (plan.at_once) {
         sum_bits(me, shared, plan, 0, plan.batch, 0);
         trace(7);
+        // why staged: stores to rows far apart take a cycle each, of all warps one after another
+        const int rows = shared.offsets[plan.batch];
+        const bool staged = rows > kFewRows && rows <= kStagedRows;
         // Each warp the lines that it has put there: own ones, then the peers'
         const Divider by = me.by_id_lines;
 #pragma unroll 1
@@ -1101,10 +1109,18 @@ __device__ __forceinline__ void build_lists(const StepParams& p, const Here& me,
             const int source = place == 0 ? my_rank : (place <= my_rank ? place - 1 : place);
             const uint32_t word = shared.words[(source * lane.line_count + line) * 32 + lane.lane];
             lane.entries(source, line, word, shared.tokens[source], [&](int place_of, int slot, uint32_t local, bool known) {
-                if (known) {
+                if (known && staged) {
+                    write_entry(shared.rows, packed_row_of, shared, plan, slot, local, place_of);
+                } else if (known) {
                     write_entry(expert_rows, packed_row_of, shared, plan, slot, local, place_of);
                 }
             });
+        }
+        if (staged) {
+            __syncthreads();
+            for (int i = threadIdx.x; i < rows; i += kFusedThreads) {
+                expert_rows[i] = shared.rows[i];
+            }
         }
         trace(8);
     } else {
@@ -1176,7 +1192,11 @@ __device__ __forceinline__ void index_lines(const StepParams& p, const Here& me,
                     }
                 }
             }
-            if (kRecv) {
+        }
+#pragma unroll
+        for (int i = 0; i < kOwnAtOnce; i++) {
+            const int line = base + i * kFusedWarps;
+            if (kRecv && line < lane.line_count) {
                 lane.add(shared, plan, my_rank, line, words[i], home.count);
             }
         }
@@ -1241,11 +1261,12 @@ __device__ __forceinline__ void dispatch_lines(const StepParams& p, LinesShared&
     trace(11);
     const bool reads_ids = blockIdx.x == 0;
     const bool moves = blockIdx.x != 0 || gridDim.x == 1;
-    if (kRecv && reads_ids) {
-        clear_lists(shared);
-    }
-    trace(12);
-    load_here(here, p);
+    load_here(here, p, [&] {
+        trace(12);
+        if (kRecv && reads_ids) {
+            clear_lists(shared);
+        }
+    });
     trace(13);
     const Here& me = here;
     const int rows_ctas = max(static_cast<int>(gridDim.x) - 1, 1);
