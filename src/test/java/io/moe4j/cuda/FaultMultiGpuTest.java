@@ -390,7 +390,7 @@ class FaultMultiGpuTest {
     @Timeout(600) // a hundred rounds and more, each a bound and a process
     void shouldNameAProcessThatWasKilledAtARandomMomentAndRunOnWithoutIt() throws Exception {
         int rounds = Integer.getInteger("moe4j.kills", 4);
-        Random random = new Random(11);
+        Random random = new Random(Long.getLong("moe4j.seed", 11L));
         float[][][] half = GpuRank.expected(GpuRank.without(Set.of(1), batches[0]), Batch.empty());
         List<Kill> kills = new ArrayList<>();
         Deque<Process> started = new ArrayDeque<>();
