@@ -172,8 +172,8 @@ class FaultMultiGpuTest {
                     .isBetween(GpuRank.BUDGET.dividedBy(3), GpuRank.BUDGET);
             assertThat(waited.rowsReceived()).isEqualTo(visits(batches[late], waiting));
             assertThat(waited.expertRowsTotal())
-                    .as("in the %d steps so far", late + 3)
-                    .isEqualTo(expertRows(batches[late], waiting, late + 3));
+                    .as("in the %d steps so far", late + 2)
+                    .isEqualTo(expertRows(batches[late], waiting, late + 2));
             assertThat(ranks[waiting].harness.layer.peers().get(waiting).waitedNanos())
                     .as("nobody waits long for itself")
                     .isLessThan(10_000_000);

@@ -46,7 +46,8 @@ final class BenchDocs {
         epFolder = newest("ep-pairs.json");
         pairs = BenchReport.read(epFolder.resolve("ep-pairs.json"));
         for (String model : List.of("qwen3-30b-a3b", "qwen3-235b-a22b", "deepseek-r1")) {
-            layers.add(BenchReport.read(epFolder.resolve("ep-" + model + ".json")));
+            String file = "ep-" + model + ".json";
+            layers.add(BenchReport.read(newest(file).resolve(file)));
         }
     }
 
@@ -144,7 +145,7 @@ final class BenchDocs {
         text.append(
                 "weights: the experts and the pair measured alone, the step, and its floor.\n\n");
         text.append("| model | GPUs | T | pair µs | experts µs | step µs | × (experts + pair) |");
-        text.append(" floor µs | × floor |\n|---|---|---|---|---|---|---|---|---|\n");
+        text.append(" floor µs | × floor | commit |\n|---|---|---|---|---|---|---|---|---|---|\n");
         for (BenchReport report : layers) {
             Map<String, BenchRow> stage = new LinkedHashMap<>();
             for (BenchRow row : report.rows()) {
@@ -160,7 +161,8 @@ final class BenchDocs {
                                     us(row.medianUs()),
                                     ratio(row.medianUs() / row.baselineUs()),
                                     us(row.floorUs()),
-                                    ratio(row.timesFloor())));
+                                    ratio(row.timesFloor()),
+                                    report.environment().get("commit")));
                 }
             }
         }
