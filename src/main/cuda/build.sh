@@ -20,6 +20,13 @@ check() {  # target, log of ptxas -v
         { echo "kernels: $1 failed the check above" >&2; exit 1; }
 }
 
+# What launch_sizes.cuh is compared with
+awk '$0 !~ /^#/ && NF > 0 {
+    printf "static_assert(%s.threads == %s, \"threads of %s in kernels.def\");\n", $1, $3, $1
+    printf "static_assert(%s.shared == %s, \"dynamic shared memory of %s in kernels.def\");\n", $1, $4, $1
+}' "$source/kernels.def" > "$log.checks"
+flags="$flags -DMOE_LAUNCH_CHECKS=\"$log.checks\""
+
 # Four compilations at once: the machine code of Hopper takes as long as the others together
 compile() {  # name of the log, options of nvcc
     name=$1

@@ -16,3 +16,4 @@
 #include "kernels/pack_weights.cu"
 #include "kernels/line_test.cu"
 #include "kernels/gate.cu"
+#include "launch_sizes.cuh"

@@ -3,7 +3,13 @@
 #include "../ptx/globaltimer.cuh"
 #include "../ptx/ld_st.cuh"
 
-extern "C" __global__ __launch_bounds__(32)
+namespace moe {
+
+constexpr int kGateThreads = 32;
+
+}  // namespace moe
+
+extern "C" __global__ __launch_bounds__(moe::kGateThreads)
 void moe_gate(const __grid_constant__ moe::GateParams p) {
     if (threadIdx.x != 0) {
         return;
