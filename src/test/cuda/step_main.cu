@@ -434,6 +434,19 @@ class Layer {
         p.locals = dl;
     }
 
+    // With programmatic dependence where there is one.
+    void launch_early(void (*kernel)(StepParams), dim3 blocks, int threads, int shared) {
+        CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+        cudaLaunchConfig_t config{};
+        config.gridDim = blocks, config.blockDim = dim3(threads);
+        config.dynamicSmemBytes = shared, config.stream = stream;
+        cudaLaunchAttribute attribute{};
+        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attribute.val.programmaticStreamSerializationAllowed = 1;
+        config.attrs = &attribute, config.numAttrs = hopper ? 1 : 0;
+        CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, p));
+    }
+
     // Both products in one kernel or in two, few rows or many, by the layer's sizes, with programmatic
     // dependence.
     template <class Grid>
@@ -452,16 +465,9 @@ class Layer {
                                moe::prefill::kSharedBytes, sms / 2 * 2, 2}};
         const Flow& flow = flows[(c.H / 8 + c.E + c.M + c.R) % 4];
         for (Kernel kernel : flow.kernels) {
-            CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, flow.shared));
-            cudaLaunchConfig_t config{};
-            config.gridDim = grid(flow.ctas), config.blockDim = dim3(moe::kWgmmaThreads);
-            config.gridDim.x = std::max(config.gridDim.x, flow.least);
-            config.dynamicSmemBytes = flow.shared, config.stream = stream;
-            cudaLaunchAttribute attribute{};
-            attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-            attribute.val.programmaticStreamSerializationAllowed = 1;
-            config.attrs = &attribute, config.numAttrs = 1;
-            CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, p));
+            dim3 blocks = grid(flow.ctas);
+            blocks.x = std::max(blocks.x, flow.least);
+            launch_early(kernel, blocks, moe::kWgmmaThreads, flow.shared);
         }
     }
 
@@ -482,16 +488,17 @@ class Layer {
         CHECK_CUDA(cudaFuncSetAttribute(moe_shared_down_mma, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
         CHECK_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
         if (c.input == moe::kHidden) {
-            moe_route_logits<<<grid(std::min<int64_t>((static_cast<int64_t>(c.M) * c.E + 7) / 8, 4 * sms)), 256, 0, stream>>>(p);
+            const int64_t blocks = std::max<int64_t>((static_cast<int64_t>(c.M) * c.E + 7) / 8, c.E);
+            launch_early(moe_route_logits, grid(std::min<int64_t>(blocks, 4 * sms)), moe::kLogitsThreads, 0);
         }
         // One rank: the wide graph has one kernel for dispatch and one for combine, the narrow one all
         const bool local = c.R == 1 && !one_cta;
         const int64_t pieces = c.M * ((Hp + 239) / 240);
         if (!local || c.input != moe::kTopK) {
-            moe_route_topk<<<grid(std::min<int64_t>((c.M + 3) / 4, 8 * sms)), 128, 0, stream>>>(p);
+            launch_early(moe_route_topk, grid(std::min<int64_t>((c.M + 3) / 4, 8 * sms)), moe::kTopKThreads, 0);
         }
         if (local) {
-            moe_dispatch_local<<<grid(std::min<int64_t>(1 + (pieces + 63) / 64, sms)), moe::kFusedThreads, 0, stream>>>(p);
+            launch_early(moe_dispatch_local, grid(std::min<int64_t>(1 + (pieces + 63) / 64, sms)), moe::kFusedThreads, 0);
         } else {
             moe_dispatch_send<<<grid(rows), 256, 0, stream>>>(p);
             moe_dispatch_recv<<<grid(per_expert), 256, 0, stream>>>(p);
@@ -509,7 +516,7 @@ class Layer {
             moe_shared_gate_up_mma<<<grid(2 * sms), 256, smem, stream>>>(p);
             moe_shared_down_mma<<<grid(2 * sms), 256, smem, stream>>>(p);
         }
-        if (local) moe_combine_local<<<grid(std::min<int64_t>((pieces + 3) / 4, sms)), moe::kSumThreads, 0, stream>>>(p);
+        if (local) launch_early(moe_combine_local, grid(std::min<int64_t>((pieces + 3) / 4, sms)), moe::kSumThreads, 0);
         else moe_combine_recv<<<grid(rows), 256, 0, stream>>>(p);
         CHECK_CUDA(cudaStreamEndCapture(stream, &graph));
         CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));

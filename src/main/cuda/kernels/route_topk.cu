@@ -10,137 +10,199 @@
 #include "../comm/signal.cuh"
 #include "../common/math.cuh"
 #include "../layout/recv_buffer.cuh"
+#include "../ptx/grid_dependency.cuh"
 
 namespace moe {
 
 constexpr int kTopKThreads = 128;
 constexpr int kTopKWarps = kTopKThreads / 32;
-constexpr int kCachedRankings = 512;  // experts past these are ranked anew in every pass
+constexpr int kHeld = 16;             // experts of a lane that stay in registers
+constexpr int kHeldAtOnce = 4;
+constexpr int kHeldExperts = kHeld * 32;  // experts past these are ranked anew in every pass
 constexpr int kMaxGroups = 1024;
 
-struct Ranked {
-    double value;
-    int id;  // -1: none
-};
+// Rankings as numbers of the same order: a warp finds the greatest of 32 bits in one instruction. NaN is below
+// every number, and kNothing below NaN. A logit needs the upper half alone.
+using Order = uint64_t;
+constexpr Order kNothing = 0;
+constexpr Order kNaN = 1ull << 32;
+constexpr Order kLowest = 0x000fffffffffffffull;  // of -infinity, in float64
 
-// Strictly above by value, NaN below every number; equal values by the lower id.
-__device__ __forceinline__ bool precedes(const Ranked& a, const Ranked& b) {
-    if (a.id < 0 || b.id < 0) {
-        return a.id >= 0;
-    }
-    const bool a_nan = isnan(a.value);
-    const bool b_nan = isnan(b.value);
-    if (a_nan || b_nan) {
-        return a_nan == b_nan ? a.id < b.id : b_nan;
-    }
-    return a.value > b.value || (a.value == b.value && a.id < b.id);
+__device__ __forceinline__ Order order_of(double ranking) {
+    const uint64_t bits = __double_as_longlong(__dadd_rn(ranking, 0.0));  // why: -0 equals 0
+    return isnan(ranking) ? kNaN : (bits >> 63 != 0 ? ~bits : bits | 1ull << 63);
 }
 
-__device__ __forceinline__ Ranked warp_best(Ranked best) {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-        const Ranked other{__shfl_xor_sync(0xffffffffu, best.value, offset),
-                           __shfl_xor_sync(0xffffffffu, best.id, offset)};
-        if (precedes(other, best)) {
-            best = other;
-        }
-    }
-    return best;
+__device__ __forceinline__ double ranking_of(Order order) {
+    return __longlong_as_double(order >> 63 != 0 ? order & ~(1ull << 63) : ~order);
+}
+
+__device__ __forceinline__ uint32_t upper_order_of(float logit) {
+    const uint32_t bits = __float_as_uint(__fadd_rn(logit, 0.0f));
+    return isnan(logit) ? static_cast<uint32_t>(kNaN >> 32) : (bits >> 31 != 0 ? ~bits : bits | 1u << 31);
 }
 
 __device__ __forceinline__ double sigmoid_f64(double x) {
     return __drcp_rn(__dadd_rn(1.0, exp(-x)));  // a reciprocal rounds as 1.0 / x does
 }
 
-// One token's logits and the order they put the experts in.
+struct Ranked {
+    Order order;
+    int id;
+
+    // Strictly above, equal ones by the lower id.
+    __device__ __forceinline__ bool is_above(const Ranked& other) const {
+        return order > other.order || (order == other.order && id < other.id);
+    }
+};
+
+// The greatest of a warp, of those the lowest id. whole: orders differ in the lower half, too.
+__device__ __forceinline__ Ranked warp_best(const Ranked& mine, bool whole) {
+    const uint32_t high = static_cast<uint32_t>(mine.order >> 32);
+    const uint32_t low = static_cast<uint32_t>(mine.order);
+    const uint32_t best_high = __reduce_max_sync(0xffffffffu, high);
+    uint32_t best_low = 0;
+    bool is_best = high == best_high;
+    if (whole) {
+        best_low = __reduce_max_sync(0xffffffffu, is_best ? low : 0);
+        is_best &= low == best_low;
+    }
+    const uint32_t id = __reduce_min_sync(0xffffffffu, is_best ? static_cast<uint32_t>(mine.id) : 0x7fffffffu);
+    return Ranked{static_cast<Order>(best_high) << 32 | best_low, static_cast<int>(id)};
+}
+
+// One token's logits and the order they put the experts in. Lane l holds experts l, l + 32, ...
 struct TokenRanking {
     const StepParams& p;
     const float* logits;  // [E]
-    double* cache;        // [kCachedRankings], shared, this warp's
+    Order* staged;        // [kHeldExperts], shared, this warp's: for groups
     uint32_t* groups;     // [kMaxGroups / 32], shared, this warp's: bit set = group chosen
+    const float* bias;    // [kHeldExperts], shared: what corrects a score, or 0
+    bool whole;           // orders are of float64
+    Order order[kHeld];
 
-    __device__ double compute(int expert) const {
-        const double logit = logits[expert];
+    __device__ __forceinline__ TokenRanking(const StepParams& p, Order* staged, uint32_t* groups, const float* bias)
+        : p(p), staged(staged), groups(groups), bias(bias), whole(p.scoring == kSigmoid || p.groups > 1) {}
+
+    __device__ __forceinline__ Order rank(float logit, float bias) const {
+        if (!whole) {
+            return static_cast<Order>(upper_order_of(logit)) << 32;
+        }
         if (p.scoring != kSigmoid) {
-            return logit;
+            return order_of(logit);
         }
         const double score = sigmoid_f64(logit);
-        return p.correction_bias == nullptr
-                   ? score
-                   : __dadd_rn(score, static_cast<double>(p.correction_bias[expert]));
+        return order_of(p.correction_bias == nullptr ? score : __dadd_rn(score, static_cast<double>(bias)));
     }
-    __device__ double of(int expert) const {
-        return expert < kCachedRankings ? cache[expert] : compute(expert);
+    __device__ __forceinline__ Order rank(int expert) const {
+        return rank(logits[expert], p.correction_bias == nullptr ? 0.0f : p.correction_bias[expert]);
     }
-    __device__ bool group_is_chosen(int group) const {
+
+    // use(i, expert) of each that this lane holds, four side by side.
+    template <class Use>
+    __device__ __forceinline__ void each_held(int lane, Use use) const {
+#pragma unroll
+        for (int block = 0; block < kHeld; block += kHeldAtOnce) {
+            if (block * 32 < p.experts) {
+#pragma unroll
+                for (int i = block; i < block + kHeldAtOnce; i++) {
+                    use(i, lane + 32 * i);
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ void fill(int lane) {
+#pragma unroll
+        for (int i = 0; i < kHeld; i++) {
+            order[i] = kNothing;
+        }
+        float logit[kHeld];
+        each_held(lane, [&](int i, int e) { logit[i] = e < p.experts ? logits[e] : 0.0f; });
+        each_held(lane, [&](int i, int e) { order[i] = e < p.experts ? rank(logit[i], bias[e]) : kNothing; });
+    }
+
+    __device__ __forceinline__ bool group_is_chosen(int group) const {
         return (groups[group / 32] >> (group % 32) & 1) != 0;
     }
 
-    __device__ void fill(int lane) {
-        for (int e = lane; e < min(p.experts, kCachedRankings); e += 32) {
-            cache[e] = compute(e);
-        }
-        __syncwarp();
-    }
-
-    // Sum of the two best rankings of a group; NaN is passed over.
-    __device__ double top_two(int group) const {
+    // Sum of the two best rankings of a group, by lanes_of_group lanes side by side; NaN is passed over.
+    __device__ __forceinline__ Order top_two(int group, int lane, int lanes_of_group) const {
         const int size = p.experts / p.groups;
-        double first = -INFINITY;
-        double second = -INFINITY;
-        for (int e = group * size; e < (group + 1) * size; e++) {
-            const double value = of(e);
-            if (value > first) {
-                second = first;
-                first = value;
-            } else if (value > second) {
-                second = value;
+        Order first = kLowest;
+        Order second = kLowest;
+        if (group < p.groups) {
+            for (int e = group * size + lane % lanes_of_group; e < (group + 1) * size; e += lanes_of_group) {
+                const Order value = e < kHeldExperts ? staged[e] : rank(e);
+                second = max(second, min(first, value));
+                first = max(first, value);
             }
         }
-        return size == 1 ? first : __dadd_rn(first, second);
+        for (int offset = lanes_of_group / 2; offset > 0; offset /= 2) {
+            const Order other_first = __shfl_xor_sync(0xffffffffu, first, offset);
+            const Order other_second = __shfl_xor_sync(0xffffffffu, second, offset);
+            second = max(min(first, other_first), max(second, other_second));
+            first = max(first, other_first);
+        }
+        return order_of(size == 1 ? ranking_of(first) : __dadd_rn(ranking_of(first), ranking_of(second)));
     }
 
-    __device__ void choose_groups(int lane) {
+    // Leaves groups, and kNothing as the order of experts in others.
+    __device__ __forceinline__ void choose_groups(int lane) {
+        each_held(lane, [&](int i, int e) { staged[e] = order[i]; });
         for (int word = lane; word < kMaxGroups / 32; word += 32) {
             groups[word] = 0;
         }
         __syncwarp();
-        const double own_sum = lane < p.groups ? top_two(lane) : 0.0;
+        int lanes_of_group = 32;
+        while (lanes_of_group > 1 && lanes_of_group * p.groups > 32) {
+            lanes_of_group /= 2;
+        }
+        const int at_once = 32 / lanes_of_group;
+        const int of_lane = lane / lanes_of_group;
+        const Order own = top_two(of_lane, lane, lanes_of_group);
+        Ranked last{~kNothing, -1};
         for (int chosen = 0; chosen < p.topk_groups; chosen++) {
-            Ranked best{0.0, -1};
-            for (int g = lane; g < p.groups; g += 32) {
-                const Ranked candidate{g == lane ? own_sum : top_two(g), g};
-                if (!group_is_chosen(g) && precedes(candidate, best)) {
+            Ranked best{kNothing, p.groups};
+            for (int group = of_lane; group - of_lane < p.groups; group += at_once) {
+                const Ranked candidate{group == of_lane ? own : top_two(group, lane, lanes_of_group), group};
+                if (group < p.groups && last.is_above(candidate) && candidate.is_above(best)) {
                     best = candidate;
                 }
             }
-            best = warp_best(best);
-            __syncwarp();
+            last = warp_best(best, true);
             if (lane == 0) {
-                groups[best.id / 32] |= 1u << (best.id % 32);
+                groups[last.id / 32] |= 1u << (last.id % 32);
             }
-            __syncwarp();
         }
+        __syncwarp();
+        const int size = p.experts / p.groups;
+        each_held(lane, [&](int i, int e) {
+            if (e < p.experts && !group_is_chosen(e / size)) {
+                order[i] = kNothing;
+            }
+        });
     }
 
-    // The best expert that none of the first `taken` lanes has chosen.
-    __device__ int best(int lane, int chosen_id, int taken) const {
-        Ranked best{0.0, -1};
-        const int group_size = p.experts / p.groups;
-        for (int base = 0; base < p.experts; base += 32) {
-            const int e = base + lane;
-            bool free = e < p.experts;
-            for (int k = 0; k < taken; k++) {
-                free &= __shfl_sync(0xffffffffu, chosen_id, k) != e;
+    // The best expert after the last one; this lane's own is taken away.
+    __device__ __forceinline__ Ranked next_best(int lane, const Ranked& last) {
+        Ranked best{kNothing, p.experts};
+        each_held(lane, [&](int i, int e) {
+            if (order[i] > best.order) {
+                best = Ranked{order[i], e};
             }
-            if (free && (p.groups == 1 || group_is_chosen(e / group_size))) {
-                const Ranked candidate{of(e), e};
-                if (precedes(candidate, best)) {
+        });
+        for (int e = lane + kHeldExperts; e < p.experts; e += 32) {
+            if (p.groups == 1 || group_is_chosen(e / (p.experts / p.groups))) {
+                const Ranked candidate{rank(e), e};
+                if (last.is_above(candidate) && candidate.is_above(best)) {
                     best = candidate;
                 }
             }
         }
-        return warp_best(best).id;
+        const Ranked chosen = warp_best(best, whole);
+        each_held(lane, [&](int i, int e) { order[i] = e == chosen.id ? kNothing : order[i]; });
+        return chosen;
     }
 };
 
@@ -153,10 +215,12 @@ __device__ __forceinline__ void select_experts(int& id, float& weight, TokenRank
         ranking.choose_groups(lane);
     }
     id = -1;
+    Ranked last{~kNothing, -1};
+#pragma unroll 1
     for (int k = 0; k < p.top_k; k++) {
-        const int chosen = ranking.best(lane, id, k);
+        last = ranking.next_best(lane, last);
         if (lane == k) {
-            id = chosen;
+            id = last.id;
         }
     }
 
@@ -164,22 +228,29 @@ __device__ __forceinline__ void select_experts(int& id, float& weight, TokenRank
     double score = 0.0;
     const double logit = id >= 0 ? static_cast<double>(ranking.logits[id]) : 0.0;
     if (p.scoring == kSoftmax) {
-        double max = -INFINITY;
-        for (int e = lane; e < p.experts; e += 32) {
-            const double value = ranking.logits[e];
-            max = isnan(value) || isnan(max) ? NAN : (value > max ? value : max);
+        float largest = -INFINITY;
+        bool any_nan = false;
+        auto note = [&](float value) {
+            any_nan |= isnan(value);
+            largest = fmaxf(largest, value);
+        };
+        ranking.each_held(lane, [&](int i, int e) { note(e < p.experts ? ranking.logits[e] : -INFINITY); });
+        for (int e = lane + kHeldExperts; e < p.experts; e += 32) {
+            note(ranking.logits[e]);
         }
-#pragma unroll
-        for (int offset = 16; offset > 0; offset /= 2) {
-            const double other = __shfl_xor_sync(0xffffffffu, max, offset);
-            max = isnan(other) || isnan(max) ? NAN : (other > max ? other : max);
-        }
+        const uint32_t best = __reduce_max_sync(0xffffffffu, upper_order_of(largest));
+        const float greatest = __uint_as_float(best >> 31 != 0 ? best & ~(1u << 31) : ~best);
+        const double max = __any_sync(0xffffffffu, any_nan) ? NAN : static_cast<double>(greatest);
+        const double of_chosen = exp(logit - max);
         double sum = 0.0;
-        for (int e = lane; e < p.experts; e += 32) {
+        ranking.each_held(lane, [&](int i, int e) {
+            const double term = exp(static_cast<double>(e < p.experts ? ranking.logits[e] : 0.0f) - max);
+            sum = e < p.experts ? __dadd_rn(sum, term) : sum;
+        });
+        for (int e = lane + kHeldExperts; e < p.experts; e += 32) {
             sum = __dadd_rn(sum, exp(static_cast<double>(ranking.logits[e]) - max));
         }
-        sum = warp_sum(sum);
-        score = exp(logit - max) / sum;
+        score = of_chosen / warp_sum(sum);
     } else if (p.scoring == kTopKSoftmax) {
         // why lane 0: ids are in descending order, the first has the largest logit
         score = exp(logit - __shfl_sync(0xffffffffu, logit, 0));
@@ -191,6 +262,7 @@ __device__ __forceinline__ void select_experts(int& id, float& weight, TokenRank
     double divisor = 1.0;
     if (p.scoring == kTopKSoftmax || p.renormalise != 0) {
         divisor = p.scoring == kSigmoid ? 1e-20 : 0.0;
+#pragma unroll 8
         for (int k = 0; k < p.top_k; k++) {
             divisor = __dadd_rn(divisor, __shfl_sync(0xffffffffu, score, k));
         }
@@ -203,14 +275,26 @@ __device__ __forceinline__ void select_experts(int& id, float& weight, TokenRank
 extern "C" __global__ __launch_bounds__(moe::kTopKThreads, 4)
 void moe_route_topk(const __grid_constant__ moe::StepParams p) {
     using namespace moe;
-    __shared__ double cache[kTopKWarps][kCachedRankings];
+    __shared__ Order staged[kTopKWarps][kHeldExperts];
     __shared__ uint32_t groups[kTopKWarps][kMaxGroups / 32];
+    __shared__ float bias[kHeldExperts];  // no step changes it
     const LocalRank& me = p.locals[blockIdx.y];
     const int warp = threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
+    const int32_t* token_count = me.token_count;
+    const uint64_t* member_mask = me.members;
+    TokenRanking ranking(p, staged[warp], groups[warp], bias);
+    const float* all_logits = p.routing_input == kLogits ? me.router_logits : me.logits;
+    for (int e = threadIdx.x; p.correction_bias != nullptr && e < min(p.experts, kHeldExperts); e += kTopKThreads) {
+        bias[e] = p.correction_bias[e];
+    }
+    __syncthreads();
+    ptx::wait_for_previous_grid();
+    ptx::allow_next_grid();
 
     // Snapshot T and begin the step
-    const int asked = *me.token_count;
+    const int asked = *token_count;
+    const uint64_t members = *member_mask;
     const int num_tokens = clamp_tokens(asked, p.max_tokens);
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         *me.home_tokens = num_tokens;
@@ -218,7 +302,6 @@ void moe_route_topk(const __grid_constant__ moe::StepParams p) {
         add_total(me, kTotalOverCapacity, asked > p.max_tokens ? asked - p.max_tokens : 0);
     }
 
-    const uint64_t members = *me.members;
     uint32_t dropped = 0;
     uint32_t duplicates = 0;
     uint32_t lost = 0;
@@ -234,8 +317,7 @@ void moe_route_topk(const __grid_constant__ moe::StepParams p) {
                 weight = me.topk_weights[at];
             }
         } else {
-            const float* logits = p.routing_input == kLogits ? me.router_logits : me.logits;
-            TokenRanking ranking{p, logits + token * p.experts, cache[warp], groups[warp]};
+            ranking.logits = all_logits + token * p.experts;
             select_experts(id, weight, ranking, lane);
         }
 

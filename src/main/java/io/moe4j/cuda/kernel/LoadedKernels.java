@@ -255,7 +255,10 @@ public final class LoadedKernels implements AutoCloseable {
         long pieces = (DeviceLayout.pad(config.shape().hidden()) + 239) / 240;
         long wanted =
                 switch (def.grid()) {
-                    case "logits" -> clamp((m * config.shape().experts() + 7) / 8, 4L * sms);
+                    case "logits" -> {
+                        long experts = config.shape().experts();
+                        yield clamp(Math.max((m * experts + 7) / 8, experts), 4L * sms);
+                    }
                     case "tokens" -> clamp((m + 3) / 4, 8L * sms);
                     case "rows" -> clamp(m * chunks, Math.min(waiting, 2L * sms));
                     case "slots" -> clamp(config.ranks() * m * chunks, 2L * sms);
