@@ -61,7 +61,7 @@ struct LineTestParams {
     uint64_t timeout_ns;      // bound of the whole
     int32_t num_ranks;
     int32_t rank;
-    int32_t halves;           // for tests: 1 stores a line in two transactions
+    int32_t halves;           // for tests, LineForm: lines of these forms are stored in two transactions
     int32_t pad0;
 };
 static_assert(sizeof(LineTestParams) == 56, "Java twin");

@@ -138,6 +138,7 @@ class OpenMultiGpuTest {
         float[][][] expected = GpuRank.expected(batches);
         for (int tears = -1; tears < 2; tears++) {
             int writer = tears;
+            int forms = tears == 0 ? TearingDriver.ROWS : TearingDriver.IDS;
             GpuRank[] ranks = new GpuRank[2];
             Group.together(
                     Group.inProcess(2),
@@ -147,7 +148,7 @@ class OpenMultiGpuTest {
                                             GpuRank.config(),
                                             group,
                                             group.rank() == writer
-                                                    ? TearingDriver.over(Drivers.open())
+                                                    ? TearingDriver.over(Drivers.open(), forms)
                                                     : Drivers.open()));
             for (int r = 0; r < 2; r++) {
                 String reason = ranks[r].layer().backendReason();

@@ -8,11 +8,16 @@ import java.lang.reflect.Proxy;
 import java.util.Set;
 import java.util.concurrent.ConcurrentHashMap;
 
-/** A driver under which the test of lines stores each line in two transactions. */
+/** A driver under which the test of lines stores each line of some forms in two transactions. */
 final class TearingDriver {
+    /** LineForm of line_test.cu. */
+    static final int ROWS = 1;
+
+    static final int IDS = 2;
+
     private TearingDriver() {}
 
-    static Driver over(Driver driver) {
+    static Driver over(Driver driver, int forms) {
         Set<Object> functions = ConcurrentHashMap.newKeySet();
         int halves = DeviceStructs.LINE_TEST_PARAMS.offset("halves");
         return (Driver)
@@ -24,7 +29,7 @@ final class TearingDriver {
                                     && functions.contains(arguments[0])) {
                                 KernelParams params =
                                         (KernelParams) arguments[arguments.length - 1];
-                                params.bytes(0).putInt(halves, 1);
+                                params.bytes(0).putInt(halves, forms);
                             }
                             try {
                                 Object result = method.invoke(driver, arguments);
