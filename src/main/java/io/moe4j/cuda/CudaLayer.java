@@ -7,13 +7,11 @@ import io.moe4j.HandlePool;
 import io.moe4j.LanePart;
 import io.moe4j.MemoryPlan;
 import io.moe4j.MoeConfig;
-import io.moe4j.MoeFaultException;
 import io.moe4j.MoeGraph;
 import io.moe4j.MoeLanes;
 import io.moe4j.MoeLayer;
 import io.moe4j.Phase;
 import io.moe4j.ProgressListener;
-import io.moe4j.RankLostException;
 import io.moe4j.Recovery;
 import io.moe4j.SoftCounters;
 import io.moe4j.StepInspection;
@@ -32,7 +30,6 @@ import io.moe4j.observe.LayerFault;
 import io.moe4j.observe.LayerTrace;
 import java.nio.ByteBuffer;
 import java.nio.ByteOrder;
-import java.time.Duration;
 import java.util.ArrayList;
 import java.util.Arrays;
 import java.util.List;
@@ -50,13 +47,8 @@ import java.util.function.Supplier;
  * <p>Close marks the layer closed at once; memory goes when no graph captured from it is left.
  */
 final class CudaLayer implements MoeLayer {
-    /** FaultCode kPeerAbort of step_params.cuh. */
-    private static final int PEER_ABORT = 3;
-
     /** What 16 bits of an epoch can tell apart. */
     private static final int LAST_GENERATION = 65_535;
-
-    private static final int ITEMS_MISSING = 4; // kInternal of step_params.cuh
 
     private final MoeConfig config;
     private final String reason;
@@ -416,33 +408,14 @@ final class CudaLayer implements MoeLayer {
         if (fault == null) {
             return;
         }
-        if (fault.operation().endsWith("_recv")) {
-            throw new RankLostException(
-                    describe(fault),
-                    fault.operation(),
-                    fault.rank(),
-                    fault.peer(),
-                    fault.epochExpected(),
-                    fault.epochSeen(),
-                    Duration.ofNanos(fault.waitedNs()));
-        }
-        throw new MoeFaultException(describe(fault));
+        throw Faults.exception(fault);
     }
 
     private LayerFault firstFault() {
         requireOpen();
         for (int handle = 0; prepared && handle < handles.length; handle++) {
-            int failed = -1;
-            for (int rank = firstRank(); rank < endRank(); rank++) {
-                int code = handles[handle].errorCode(rank);
-                // why: a rank that was aborted by its peer is not the cause
-                if (code != 0 && (failed < 0 || handles[handle].errorCode(failed) == PEER_ABORT)) {
-                    failed = rank;
-                }
-            }
-            if (failed >= 0) {
-                LayerFault fault =
-                        fault(handles[handle], failed, handles[handle].errorCode(failed));
+            LayerFault fault = Faults.first(handles[handle], firstRank(), endRank());
+            if (fault != null) {
                 trace.faulted(handle, fault);
                 return fault;
             }
@@ -456,58 +429,6 @@ final class CudaLayer implements MoeLayer {
 
     private int endRank() {
         return config.firstLocalRank() + config.localRanks();
-    }
-
-    static LayerFault fault(CudaHandle handle, int rank, int code) {
-        String operation =
-                switch (handle.errorInt(rank, "op")) {
-                    case 1 -> "dispatch_recv";
-                    case 2 -> "combine_recv";
-                    case 3 -> "experts";
-                    default -> "operation " + handle.errorInt(rank, "op");
-                };
-        String what =
-                switch (code) {
-                    case 1 -> "timed out";
-                    case 2 -> "saw an epoch that does not fit";
-                    case PEER_ABORT -> "was aborted by its peer";
-                    case ITEMS_MISSING -> "waited for its own gate and up products";
-                    default -> "failed with code " + code;
-                };
-        return new LayerFault(
-                operation,
-                handle.errorInt(rank, "rank"),
-                handle.errorInt(rank, "peer"),
-                what,
-                handle.errorLong(rank, "waited_ns"),
-                handle.errorLong(rank, "epoch_expected"),
-                handle.errorLong(rank, "epoch_seen"),
-                handle.validEpoch(rank));
-    }
-
-    static String describe(LayerFault fault) {
-        if (fault.operation().equals("experts")) {
-            return String.format(
-                    "experts on rank %d %s: after %.1f ms %d of an expert's %d half tiles were"
-                            + " finished; the last valid epoch is %d",
-                    fault.rank(),
-                    fault.cause(),
-                    fault.waitedNs() / 1e6,
-                    fault.epochSeen(),
-                    fault.epochExpected(),
-                    fault.validEpoch());
-        }
-        return String.format(
-                "%s on rank %d %s: waited %.1f ms for rank %d, epoch expected %s, seen %s; the last"
-                        + " valid epoch is %s",
-                fault.operation(),
-                fault.rank(),
-                fault.cause(),
-                fault.waitedNs() / 1e6,
-                fault.peer(),
-                Recovery.describe(fault.epochExpected()),
-                Recovery.describe(fault.epochSeen()),
-                Recovery.describe(fault.validEpoch()));
     }
 
     /**

@@ -143,8 +143,8 @@ final class CudaResources {
                 if (handle.errorCode(config.firstLocalRank()) != 0) {
                     throw new IllegalStateException(
                             "a step without tokens failed when the layer opened: "
-                                    + CudaLayer.describe(
-                                            CudaLayer.fault(
+                                    + Faults.describe(
+                                            Faults.read(
                                                     handle,
                                                     config.firstLocalRank(),
                                                     handle.errorCode(config.firstLocalRank()))));
