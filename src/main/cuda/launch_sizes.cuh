@@ -10,7 +10,7 @@ struct Sizes {
     int shared;
 };
 
-constexpr Sizes moe_route_logits{kLogitsThreads, 0};
+constexpr Sizes moe_route_logits{kLogitsThreads, kLogitsSharedBytes};
 constexpr Sizes moe_route_topk{kTopKThreads, 0};
 constexpr Sizes moe_dispatch_send{kSendThreads, 0};
 constexpr Sizes moe_dispatch_recv{kIndexThreads, 0};

@@ -379,7 +379,12 @@ class Layer {
             d.home_ids = alloc<int32_t>(static_cast<int64_t>(c.M) * c.K, true);
             d.home_weights = alloc<float>(static_cast<int64_t>(c.M) * c.K, true);
             d.home_mask = alloc<uint64_t>(c.M, true);
-            if (c.input == moe::kHidden) d.logits = alloc<float>(static_cast<int64_t>(c.M) * c.E, true);
+            if (c.input == moe::kHidden) {
+                // why not poisoned only: rows past T are read, and thrown away
+                const int64_t logits = static_cast<int64_t>(c.M) * c.E;
+                d.logits = alloc<float>(logits, false);
+                poisonable.push_back({d.logits, static_cast<size_t>(logits) * 4});
+            }
             if (c.S) {
                 d.home_rows = alloc<__nv_bfloat16>(static_cast<int64_t>(c.M) * Hp, true);
                 d.shared_activated = alloc<__nv_bfloat16>(static_cast<int64_t>(c.M) * Sp, true);
@@ -489,13 +494,15 @@ class Layer {
         CHECK_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
         if (c.input == moe::kHidden) {
             const int64_t blocks = std::max<int64_t>((static_cast<int64_t>(c.M) * c.E + 7) / 8, c.E);
-            launch_early(moe_route_logits, grid(std::min<int64_t>(blocks, 4 * sms)), moe::kLogitsThreads, 0);
+            launch_early(moe_route_logits, grid(std::min<int64_t>(blocks, 4 * sms)), moe::kLogitsThreads,
+                         moe::kLogitsSharedBytes);
         }
         // One rank: the wide graph has one kernel for dispatch and one for combine, the narrow one all
         const bool local = c.R == 1 && !one_cta;
         const int64_t pieces = c.M * ((Hp + 239) / 240);
         if (!local || c.input != moe::kTopK) {
-            launch_early(moe_route_topk, grid(std::min<int64_t>((c.M + 3) / 4, 8 * sms)), moe::kTopKThreads, 0);
+            const int64_t blocks = std::max<int64_t>((c.M + 7) / 8, std::min(c.M, sms));
+            launch_early(moe_route_topk, grid(std::min<int64_t>(blocks, 8 * sms)), moe::kTopKThreads, 0);
         }
         if (local) {
             launch_early(moe_dispatch_local, grid(std::min<int64_t>(1 + (pieces + 63) / 64, sms)), moe::kFusedThreads, 0);

@@ -11,6 +11,7 @@
 // combine_lines of a rank, for each expert rank: M rows of Hp bf16.
 // All id lines are sent in every step, rows where the token has an expert of the rank.
 #pragma once
+#include "../common/math.cuh"
 #include "../layout/foreign.cuh"
 #include "signal.cuh"
 
@@ -49,22 +50,6 @@ __host__ __device__ constexpr int64_t dispatch_lines_of(int max_tokens, int hidd
     return id_lines(max_tokens, top_k) +
            static_cast<int64_t>(max_tokens) * dispatch_row_lines(hidden_pad, top_k);
 }
-
-// Divides numbers below 2^20 by one that no step changes. why floats: an inverse of them is there in 40
-// cycles, that of an integer in 200, and every kernel begins with these. Half of one more keeps the product
-// away from whole numbers by more than it is rounded.
-struct Divider {
-    int32_t divisor;
-    float inverse;
-
-    __device__ __forceinline__ static Divider of(int divisor) {
-        const int d = divisor < 1 ? 1 : divisor;
-        return Divider{d, __frcp_rn(static_cast<float>(d))};
-    }
-    __device__ __forceinline__ int quotient(int n) const {
-        return __float2int_rz(__fmul_rn(static_cast<float>(n) + 0.5f, inverse));
-    }
-};
 
 // A local rank and the regions of all ranks, in shared memory: what bind wrote and no step changes, so
 // that a kernel may read it before the one before it has ended.

@@ -82,4 +82,20 @@ __device__ __forceinline__ double warp_sum(double value) {
     return value;
 }
 
+// Divides numbers below 2^20 by one that no step changes. why floats: an inverse of them is there in 40
+// cycles, that of an integer in 200, and every kernel begins with these. Half of one more keeps the product
+// away from whole numbers by more than it is rounded.
+struct Divider {
+    int32_t divisor;
+    float inverse;
+
+    __device__ __forceinline__ static Divider of(int divisor) {
+        const int d = divisor < 1 ? 1 : divisor;
+        return Divider{d, __frcp_rn(static_cast<float>(d))};
+    }
+    __device__ __forceinline__ int quotient(int n) const {
+        return __float2int_rz(__fmul_rn(static_cast<float>(n) + 0.5f, inverse));
+    }
+};
+
 }  // namespace moe

@@ -10,7 +10,6 @@
 #include "../common/math.cuh"
 #include "../layout/foreign.cuh"
 #include "../layout/recv_buffer.cuh"
-#include "../ptx/cp_async.cuh"
 #include "../ptx/grid_dependency.cuh"
 #include "../ptx/ld_st.cuh"
 
@@ -20,12 +19,10 @@ constexpr int kLogitsThreads = 256;
 constexpr int kLogitsWarps = kLogitsThreads / 32;
 constexpr int kStagedColumns = 7168;  // of an expert's row, in shared memory at once
 constexpr int kStepColumns = 128;     // of a warp
+constexpr int kChunkSteps = 8;        // a row is staged in multiples of so many
+constexpr int kChunkColumns = kChunkSteps * kStepColumns;
 constexpr int kFewTokens = 64;
 constexpr int kFewUnits = 256;        // so many (expert, 8 tokens) run side by side
-
-// Loads of hidden states in flight.
-template <bool kWhole>
-constexpr int kLoadsAhead = kWhole ? 16 : 4;
 
 // Four columns of hidden states as they were loaded. kWhole: hidden states of 16 bits and the router both in
 // vectors, so that loads need no branch and many are in flight.
@@ -79,28 +76,40 @@ __device__ __forceinline__ void store_logit(const StepParams& p, const RouterInp
 
 // ------------------------------------------------------------------------------------- few tokens
 
-// The whole CTA: columns [first, first + kStagedColumns) of an expert's row, zeros up to a whole step. Whoever
-// reads them waits for the copies, and for the CTA.
-__device__ __forceinline__ void stage_row(float4* staged, const StepParams& p, int expert, int first, bool vectors) {
-    const int columns = min(p.hidden - first, kStagedColumns);
+// Columns of an expert's row as float64 in shared memory, a step after another: of each lane's four the first
+// two, then the other two, so that a warp reads 512 bytes side by side.
+// why float64: converting takes longer than adding, and here the warps that wait can do it.
+constexpr int kLogitsSharedBytes = kStagedColumns * 8;
+
+// The whole CTA: columns from first on, zeros up to a whole chunk. Whoever reads them waits for the CTA.
+__device__ __forceinline__ void stage_row(double2* staged, const StepParams& p, int expert, int first, bool vectors) {
+    constexpr int kLoads = kStagedColumns / 4 / kLogitsThreads;
+    const int columns = p.hidden - first;
+    const int steps = min((columns + kChunkColumns - 1) / kChunkColumns, kStagedColumns / kChunkColumns) * kChunkSteps;
     const float* row = ptx::global(p.router) + static_cast<int64_t>(expert) * p.hidden + first;
-    float* elements = reinterpret_cast<float*>(staged);
-    if (vectors) {
-        const uint32_t to = ptx::shared_address(staged);
-#pragma unroll 4
-        for (int i = threadIdx.x; i < columns / 4; i += kLogitsThreads) {
-            ptx::cp_async_16(to + i * 16, row + i * 4);
-        }
-    } else {
-        for (int i = threadIdx.x; i < columns; i += kLogitsThreads) {
-            elements[i] = row[i];
+    float4 w[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; i++) {
+        const int quad = threadIdx.x + i * kLogitsThreads;
+        w[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (vectors && 4 * quad < columns) {
+            w[i] = *reinterpret_cast<const float4*>(row + 4 * quad);
+        } else if (!vectors) {
+            w[i].x = 4 * quad < columns ? row[4 * quad] : 0.0f;
+            w[i].y = 4 * quad + 1 < columns ? row[4 * quad + 1] : 0.0f;
+            w[i].z = 4 * quad + 2 < columns ? row[4 * quad + 2] : 0.0f;
+            w[i].w = 4 * quad + 3 < columns ? row[4 * quad + 3] : 0.0f;
         }
     }
-    const int end = (columns + kStepColumns - 1) / kStepColumns * kStepColumns;
-    for (int i = columns + threadIdx.x; i < end; i += kLogitsThreads) {
-        elements[i] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kLoads; i++) {
+        const int quad = threadIdx.x + i * kLogitsThreads;
+        if (quad < steps * 32) {
+            double2* to = staged + quad / 32 * 64 + quad % 32;
+            to[0] = make_double2(w[i].x, w[i].y);
+            to[32] = make_double2(w[i].z, w[i].w);
+        }
     }
-    ptx::cp_async_commit();
 }
 
 // Hidden states of kTokens tokens, kSteps steps of a warp from a column on; zeros past the row.
@@ -124,21 +133,20 @@ struct HiddenChunk {
         }
     }
 
-    __device__ __forceinline__ void add_to(double (&sums)[kTokens], const float4* staged, int steps, bool bf16) const {
+    // why no look at the end of the row, where both are zero: a branch would end what runs side by side
+    __device__ __forceinline__ void add_to(double (&sums)[kTokens], const double2* weights, bool bf16) const {
 #pragma unroll
         for (int s = 0; s < kSteps; s++) {
-            if (s >= steps) {
-                return;
-            }
-            const float4 w = staged[s * 32];
-            const double weights[4] = {w.x, w.y, w.z, w.w};
+            const double2 first = weights[s * 64];
+            const double2 second = weights[s * 64 + 32];
+            const double w[4] = {first.x, first.y, second.x, second.y};
 #pragma unroll
             for (int t = 0; t < kTokens; t++) {
                 float x[4];
                 unpack_columns<kWhole>(x, raw[s][t], bf16);
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    sums[t] = __fma_rn(static_cast<double>(x[i]), weights[i], sums[t]);
+                    sums[t] = __fma_rn(static_cast<double>(x[i]), w[i], sums[t]);
                 }
             }
         }
@@ -147,7 +155,7 @@ struct HiddenChunk {
 
 // The expert whose row, from a column on, is in shared memory.
 struct Staged {
-    float4* columns;
+    double2* columns;
     int expert;
     int first;
 };
@@ -158,14 +166,23 @@ __device__ __forceinline__ void few_tokens(const StepParams& p, const RouterInpu
                                            bool router_vectors, HiddenChunk<kTokens, kSteps, kWhole>& ahead,
                                            bool is_loaded) {
     using Chunk = HiddenChunk<kTokens, kSteps, kWhole>;
+    static_assert(kChunkSteps % kSteps == 0, "rows are staged in whole chunks");
     constexpr int kUnitTokens = kLogitsWarps * kTokens;
     const bool bf16 = p.hidden_dtype == kBF16;
     const int lane = threadIdx.x % 32;
-    const int units = p.experts * ((num_tokens + kUnitTokens - 1) / kUnitTokens);
+    const int groups = (num_tokens + kUnitTokens - 1) / kUnitTokens;
+    // Expert and group of tokens of the first unit, without a division where there is a CTA for each expert
+    int group = 0;
+    int expert = blockIdx.x;
 #pragma unroll 1
-    for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
-        const int group = unit / p.experts;
-        const int expert = unit - group * p.experts;
+    while (true) {
+        while (expert >= p.experts) {
+            expert -= p.experts;
+            group++;
+        }
+        if (group >= groups) {
+            return;
+        }
         const int token0 = group * kUnitTokens + threadIdx.x / 32 * kTokens;
         const bool active = token0 < num_tokens;
         double sums[kTokens] = {};
@@ -176,18 +193,17 @@ __device__ __forceinline__ void few_tokens(const StepParams& p, const RouterInpu
                 stage_row(staged.columns, p, expert, first, router_vectors);
                 staged.expert = expert;
                 staged.first = first;
+                __syncthreads();
             }
-            const int end = min(p.hidden, first + kStagedColumns);
-            if (active && !is_loaded) {
-                ahead.load(p, in, token0, num_tokens, first);
-            }
-            is_loaded = false;
-            ptx::cp_async_wait<0>();
-            __syncthreads();
             if (!active) {
                 continue;
             }
-            const float4* weights = staged.columns + lane;
+            if (!is_loaded) {
+                ahead.load(p, in, token0, num_tokens, first);
+            }
+            is_loaded = false;
+            const int end = min(p.hidden, first + kStagedColumns);
+            const double2* weights = staged.columns + lane;
 #pragma unroll 1
             for (int column = first; column < end; column += kSteps * kStepColumns) {
                 const Chunk chunk = ahead;
@@ -195,17 +211,21 @@ __device__ __forceinline__ void few_tokens(const StepParams& p, const RouterInpu
                 if (next < end) {
                     ahead.load(p, in, token0, num_tokens, next);
                 }
-                chunk.add_to(sums, weights, (end - column + kStepColumns - 1) / kStepColumns, bf16);
-                weights += kSteps * 32;
+                chunk.add_to(sums, weights, bf16);
+                weights += kSteps * 64;
             }
         }
 #pragma unroll
         for (int t = 0; t < kTokens; t++) {
-            const double sum = warp_sum(sums[t]);
-            if (lane == 0 && token0 + t < num_tokens) {
-                store_logit(p, in, token0 + t, expert, sum);
+            sums[t] = warp_sum(sums[t]);
+        }
+#pragma unroll
+        for (int t = 0; t < kTokens; t++) {
+            if (lane == t && token0 + t < num_tokens) {
+                store_logit(p, in, token0 + t, expert, sums[t]);
             }
         }
+        expert += gridDim.x;
     }
 }
 
@@ -293,10 +313,11 @@ __device__ __forceinline__ void many_tokens(const StepParams& p, const RouterInp
 template <bool kWhole>
 __device__ __forceinline__ void route_logits(const StepParams& p, const RouterInput& in, Staged staged,
                                              bool router_vectors) {
+    constexpr int kSteps = kWhole ? kChunkSteps : 4;
     ptx::wait_for_previous_grid();
     ptx::allow_next_grid();
     // The first tokens do not wait for T: those past it are there, and are not used
-    HiddenChunk<1, kLoadsAhead<kWhole>, kWhole> ahead;
+    HiddenChunk<1, kSteps, kWhole> ahead;
     const int32_t* token_count = ptx::global(in.token_count);
     const int token = threadIdx.x / 32;
     const bool is_loaded = token < p.max_tokens && blockIdx.x < p.experts;
@@ -308,12 +329,11 @@ __device__ __forceinline__ void route_logits(const StepParams& p, const RouterIn
     if (num_tokens > kFewTokens) {
         many_tokens<kWhole>(p, in, num_tokens);
     } else if (p.experts * ((num_tokens + kLogitsWarps - 1) / kLogitsWarps) <= kFewUnits) {
-        few_tokens<1, kLoadsAhead<kWhole>, kWhole>(p, in, num_tokens, staged, router_vectors, ahead, is_loaded);
+        few_tokens<1, kSteps, kWhole>(p, in, num_tokens, staged, router_vectors, ahead, is_loaded);
     } else {
-        HiddenChunk<4, kLoadsAhead<kWhole> / 4, kWhole> first;
-        few_tokens<4, kLoadsAhead<kWhole> / 4, kWhole>(p, in, num_tokens, staged, router_vectors, first, false);
+        HiddenChunk<4, kSteps / 4, kWhole> first;
+        few_tokens<4, kSteps / 4, kWhole>(p, in, num_tokens, staged, router_vectors, first, false);
     }
-    ptx::cp_async_wait<0>();
 }
 
 }  // namespace moe
@@ -321,15 +341,16 @@ __device__ __forceinline__ void route_logits(const StepParams& p, const RouterIn
 extern "C" __global__ __launch_bounds__(moe::kLogitsThreads, 2)
 void moe_route_logits(const __grid_constant__ moe::StepParams p) {
     using namespace moe;
-    __shared__ float4 columns[kStagedColumns / 4];
+    extern __shared__ double2 router_row[];
     const LocalRank& me = p.locals[blockIdx.y];
+    const RouterInput in{me.hidden, me.token_count, me.logits};
     const bool router_vectors = rows_are_vectors(p.router, p.hidden, kF32);
-    Staged staged{columns, -1, 0};
+    Staged staged{router_row, -1, 0};
     if (blockIdx.x < p.experts) {
         staged.expert = blockIdx.x;
-        stage_row(columns, p, staged.expert, 0, router_vectors);
+        stage_row(router_row, p, staged.expert, 0, router_vectors);
+        __syncthreads();
     }
-    const RouterInput in{me.hidden, me.token_count, me.logits};
     if (router_vectors && p.hidden_dtype != kF32 && rows_are_vectors(in.hidden, p.hidden, p.hidden_dtype)) {
         route_logits<true>(p, in, staged, router_vectors);
     } else {

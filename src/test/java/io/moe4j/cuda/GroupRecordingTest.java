@@ -478,6 +478,23 @@ class GroupRecordingTest {
         }
     }
 
+    @Test
+    void shouldNotLetTheRouterOfAGroupStandBesideACombineThatWaits() {
+        for (Group group : Arrays.asList(null, Group.inProcess(1).get(0))) {
+            try (CudaLayer layer = open(recording, config().group(group).build())) {
+                layer.prepare();
+                BoundStep step = layer.bind(List.of(tensors(0)));
+                recording.clearCalls();
+                layer.enqueue(recording.foreignStream(), step);
+                List<RecordingDriver.Launch> launches = recording.launches();
+                assertThat(launches.get(0).kernel()).isEqualTo("moe_route_logits");
+                assertThat(launches.get(0).pdl()).isEqualTo(group == null);
+                assertThat(launches.get(1).kernel()).isEqualTo("moe_route_topk");
+                assertThat(launches.get(1).pdl()).isTrue();
+            }
+        }
+    }
+
     private interface After {
         void call(String method, Object[] arguments);
     }

@@ -86,7 +86,7 @@ public final class LoadedKernels implements AutoCloseable {
                                 def.threads(),
                                 def.dynamicSharedBytes(),
                                 grid(def, config, sms, sharing),
-                                def.pdl() && pdl));
+                                def.pdl() && pdl && mayStartEarly(def.symbol(), config)));
             }
             String gemm = gemm(config);
             String alone =
@@ -112,6 +112,16 @@ public final class LoadedKernels implements AutoCloseable {
             module.close();
             throw e;
         }
+    }
+
+    /**
+     * why not the router of a group: its many blocks would stand beside a combine that waits for a
+     * peer, and keep out what the peer may wait for.
+     */
+    private static boolean mayStartEarly(String symbol, MoeConfig config) {
+        boolean hidden = config.routingInput() == RoutingInput.HIDDEN;
+        String first = hidden ? "moe_route_logits" : "moe_route_topk";
+        return config.group() == null || !symbol.equals(first);
     }
 
     private Flow flow(MoeConfig config, String gemm, boolean lines) {
@@ -259,7 +269,7 @@ public final class LoadedKernels implements AutoCloseable {
                         long experts = config.shape().experts();
                         yield clamp(Math.max((m * experts + 7) / 8, experts), 4L * sms);
                     }
-                    case "tokens" -> clamp((m + 3) / 4, 8L * sms);
+                    case "tokens" -> clamp(Math.max((m + 7) / 8, Math.min(m, sms)), 8L * sms);
                     case "rows" -> clamp(m * chunks, Math.min(waiting, 2L * sms));
                     case "slots" -> clamp(config.ranks() * m * chunks, 2L * sms);
                     case "experts" -> clamp(config.expertsPerRank(), Math.min(waiting, 4L * sms));
