@@ -594,7 +594,8 @@ class Group {
             run(gpu, lines ? moe_dispatch_lines : moe_dispatch_local, dispatch_ctas(), moe::kFusedThreads, true);
             return;
         }
-        run(gpu, moe_route_topk, std::min<int64_t>((c.M + 3) / 4, 8 * sms), 128, false);
+        const int64_t tokens = std::max<int64_t>((c.M + 7) / 8, std::min<int64_t>(c.M, sms));
+        run(gpu, moe_route_topk, std::min<int64_t>(tokens, 8 * sms), moe::kTopKThreads, false);
         if (lines) {
             run(gpu, moe_dispatch_send_lines, dispatch_ctas(), moe::kFusedThreads, true);
             delay(gpu);
