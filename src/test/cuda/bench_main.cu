@@ -364,6 +364,7 @@ int verify_odd() {
     int wrong = 0;
     for (const Odd& odd : {Odd{"one k block", {1, 0, 3, 40}, 64, 64},
                            Odd{"bounds", {0, 1, 7, 8, 9, 255, 256, 257, 1000, 16, 17, 353}, 320, 192},
+                           Odd{"tall", {56, 57, 64, 71, 72, 73, 0, 104, 105, 150, 151, 152, 153, 304, 305, 3}, 576, 1088},
                            Odd{"75 experts", many, 448, 704}, Odd{"thousands", {5000, 1, 0, 2049}, 1024, 512}}) {
         Bench bench(odd.counts, odd.hidden, odd.intermediate, 999);
         wrong += bench.verify(odd.name);

@@ -6,9 +6,10 @@
 // of theirs is 256 outputs x up to 2 x 152 tokens of an expert, half the tokens each. Per k block of 64 a
 // CTA fetches one of the two 16 KiB weight tiles for both (bulk copies to the whole cluster) and gathers
 // its own token rows with cp.async, so 32 KiB pass through the L2 cache for 256 x 128 x 64 products.
-// Where an expert has up to 72 tokens they work apart: 128 outputs x all tokens each, two k blocks at once.
-//   warpgroups 0, 1       together, 128 outputs each: two wgmma m64 n40 .. n152, A = weights, B = tokens;
-//                         apart, 64 outputs each: one wgmma m64 n8 .. n72
+// Where an expert has up to 72 tokens they work apart: 128 outputs x all tokens each, two k blocks at once;
+// where tiles are enough, from 57 to 152 tokens on tall ones: 256 outputs x all tokens each.
+//   warpgroups 0, 1       together and tall, 128 outputs each: two wgmma m64 n40 .. n152, A = weights,
+//                         B = tokens; apart, 64 outputs each: one wgmma m64 n8 .. n72
 //   warpgroup 2, warp 0   weights
 //                warps 1, 2   tokens
 //                warp 3   deals: which tiles this cluster works on
@@ -29,7 +30,6 @@
 // gridDim.x is even.
 #pragma once
 #include <type_traits>
-#include <utility>
 
 #include "../ptx/bulk_copy.cuh"
 #include "../ptx/cluster.cuh"
@@ -82,19 +82,37 @@ static_assert(kSharedBytes <= 227 * 1024, "one CTA fits an SM of sm_90");
 constexpr int kApartBlocks = 2;
 constexpr int kMostApart = kTokenBytes / (kApartBlocks * kRowBytes) / 8 * 8;
 
-// What a cluster works on: packed token rows first_row .. first_row + rows - 1 of an expert, and two row
-// tiles. Together, CTA 0 takes the first `width` rows and CTA 1 the rest; apart, CTA 0 takes the first
-// row tile and CTA 1 the second.
+// Tall tiles: the CTAs multiply two row tiles each, with all tokens of an expert that has more than so many.
+// why: a k block costs the SM 32 KiB of weights and the multipliers a wait and a drain; together, these are paid for
+// half as many products. But half as many tiles take 1.2 to 1.5 times as long. So there must be enough of them to
+// end evenly: without tall ones, so many fifths of a round of the grid in the first product; and enough tokens for
+// the tensor cores, not the memory, to take the time.
+constexpr int kMostApartBesideTall = 56;
+constexpr int kFifthsForTall = 8;
+constexpr int kLeastMeanForTall = 48;
+// Of the experts with up to kMaxColumns tokens, those with more than this come first: their tiles take longest.
+constexpr int kLong = 104;
+// Rounds of the grid from which on products are mixed; where tiles are fewer, gate_up of all comes before down.
+constexpr int kRoundsToMix = 5;
+
 enum Phase { kGateUp = 0, kDown = 1, kNoPhase = 2 };
 
+// How the CTAs of a cluster share a tile.
+enum Form {
+    kTogether = 0,  // two row tiles; CTA 0 takes the first `width` rows of tokens and CTA 1 the rest
+    kApart = 1,     // two row tiles, one each
+    kTall = 2       // four row tiles, two each
+};
+
+// What a cluster works on: packed token rows first_row .. first_row + rows - 1 of an expert, and row tiles.
 struct Tile {
     int phase;      // kNoPhase: there are no more tiles
     int expert;
-    int row_tile;   // the first, even
+    int row_tile;   // the first
     int first_row;
     int rows;
     int width;      // of a CTA, a multiple of 8
-    bool apart;
+    Form form;
     uint32_t after; // how often its expert must have been counted before its rows are there
 };
 
@@ -154,105 +172,229 @@ __device__ __forceinline__ uint32_t barrier_at(uint32_t barriers, int index) {
     return barriers + 8 * index;
 }
 
-// The tiles by ascending number, for one warp: phase by phase; in a phase, first the experts with so many
-// tokens that these take the time, not the weights, so that the last tiles to start are short; then expert
-// by expert, within an expert by pairs of row tiles, within a pair by blocks of tokens. The tokens of an
+// Two rows of tiles merged evenly into one; it begins with one of the first row, if there are any.
+struct Merge {
+    int first = 0;      // tiles of the first row
+    int all = 0;        // of both
+    uint32_t step = 0;  // of the first row among each, in 1 / 2^31
+
+    Merge() = default;
+    __device__ __forceinline__ Merge(int first, int second) : first(first), all(first + second) {
+        // why up: so that the first row is through at the end. In float: a division of 64 bits takes 0.2 us
+        step = second == 0 ? 1u << 31
+                           : min(1u << 31, static_cast<uint32_t>(__fdividef(first, all) * 2147485696.0f));
+    }
+
+    // Of the first row, before this one.
+    __device__ __forceinline__ int before(int number) const {
+        return min(first, static_cast<int>((static_cast<uint64_t>(number) * step + 0x7fffffff) >> 31));
+    }
+};
+
+// The tiles by ascending number, for one warp. Two rows of tiles are merged: those of experts with so many tokens
+// that these take the time, which keep the tensor cores busy, and the others, whose weights take it. Both should be
+// in work at any time, and the last tiles to start be short:
+//   head     gate_up of many, among others: in the first fourth of all tiles, in whole rounds of the grid
+//   gap      others, while the last of these tiles are in work; where tiles are few, all that is left of gate_up
+//   middle   down of many, among others
+//   tail     down of others, a round
+// In a row, gate_up comes first, of the others the experts with more tokens, in three classes; then expert by
+// expert, within an expert by pairs of row tiles, or fours, within these by blocks of tokens. The tokens of an
 // expert fall into blocks of 16 a unit, as equal as can be.
 template <int kFirstPhase, int kLastPhase>
 class Tiles {
    public:
-    __device__ __forceinline__ explicit Tiles(const Shared& shared) : shared_(shared) { read_group(); }
+    __device__ __forceinline__ explicit Tiles(const Shared& shared) : shared_(shared) {
+        const GemmOperands& g = shared.operands[kFirstPhase];
+        constexpr int kBatch = 4;  // loads on their way together
+        // blocks of tokens of experts with many; the others, of these who may have tall tiles; tokens of all above a
+        // mean of kLeastMeanForTall
+        int blocks = 0, other = 0, wide = 0, above = 0;
+#pragma unroll 1
+        for (int e = threadIdx.x % 32; e < g.experts; e += 32 * kBatch) {
+            int rows[kBatch];
+#pragma unroll
+            for (int i = 0; i < kBatch; i++) {
+                rows[i] = e + 32 * i < g.experts ? g.counts[e + 32 * i] : 0;
+            }
+#pragma unroll
+            for (int i = 0; i < kBatch; i++) {
+                const bool many = rows[i] > kMaxColumns;
+                blocks += many ? blocks_of(rows[i]) : 0;
+                other += rows[i] > 0 && !many ? 1 : 0;
+                wide += rows[i] > kMostApartBesideTall && !many ? 1 : 0;
+                above += rows[i] > 0 ? rows[i] - kLeastMeanForTall : 0;
+            }
+        }
+        blocks = __reduce_add_sync(0xffffffffu, blocks);
+        other = __reduce_add_sync(0xffffffffu, other);
+        wide = __reduce_add_sync(0xffffffffu, wide);
+        above = __reduce_add_sync(0xffffffffu, above);
+        const int gate_up = kFirstPhase == kGateUp ? tiles_of(kTogether, kGateUp) : 0;
+        const int down = kLastPhase == kDown ? tiles_of(kTogether, kDown) : 0;
+        const int grid = gridDim.x / kClusterCtas;
+        if (5 * (blocks + other) * tiles_of(kTogether, kFirstPhase) >= kFifthsForTall * grid && above >= 0) {
+            most_apart_ = kMostApartBesideTall;
+        } else {
+            wide = 0;
+        }
+        // why in float: this is before the first tile, and nothing depends on one more or less
+        const auto rounds = [grid](int tiles) { return static_cast<int>(__fdividef(tiles, grid)); };
+        const int many = blocks * gate_up;
+        const int others_gate_up =
+            (other - wide) * gate_up + (kFirstPhase == kGateUp ? wide * tiles_of(kTall, kGateUp) : 0);
+        const int others_down = (other - wide) * down + (kLastPhase == kDown ? wide * tiles_of(kTall, kDown) : 0);
+        int others = others_gate_up + others_down;
+        total_ = blocks * (gate_up + down) + others;
+        // why one round of few: they are soon done, and what is left is the memory's
+        const int head = many == 0 ? 0 : max(many, (2 * many > grid ? max(rounds(total_ / 4), 1) : 1) * grid);
+        const int beside = min(others, head - many);
+        head_ = Merge(many, beside);
+        others -= beside;
+        if (total_ < kRoundsToMix * grid) {
+            gap_ = max(others_gate_up - beside, 0);
+        } else if (beside > 0) {
+            gap_ = 2 * static_cast<int>(__fdividef(grid * beside, head_.all));
+        } else {
+            const int past_rounds = many - rounds(many) * grid;
+            gap_ = past_rounds > 0 ? 2 * (grid - past_rounds) : 0;
+        }
+        gap_ = min(others, gap_);
+        others -= gap_;
+        middle_ = Merge(blocks * down, max(others - min(others_down, grid), 0));
+    }
 
     // The lane that knows the tile writes it to `to` and arrives at `ready`; without one, lane 0. All lanes get
     // its phase and expert. Numbers ascend from call to call.
     __device__ __forceinline__ void find(int number, Tile& to, uint32_t ready, int& phase, int& expert) {
+        if (number >= total_) {
+            phase = kNoPhase;
+            expert = 0;
+            if (threadIdx.x % 32 == 0) {
+                to.phase = kNoPhase;
+                ptx::mbarrier_arrive(ready);
+            }
+            return;
+        }
+        const bool in_head = number < head_.all;
+        const Merge& merge = in_head ? head_ : middle_;
+        const int place = in_head ? number : number - head_.all - gap_;  // in the merged rows; negative in the gap
+        const int many_before = merge.before(max(place, 0));
+        const bool many = place >= 0 && merge.before(place + 1) > many_before;
+        const int first = many_before + (in_head ? 0 : head_.first);
+        if (many != many_) {
+            many_ = many;
+            const Cursor other = at_;
+            at_ = parked_;
+            parked_ = other;
+            stale_ = true;
+        }
+        const int in_row = many ? first : number - first;
         for (;;) {
-            const unsigned after = phase_ == kNoPhase ? 0 : __ballot_sync(0xffffffffu, number - before_ < end_);
+            if (stale_) {
+                read_group();
+            }
+            const unsigned after = __ballot_sync(0xffffffffu, in_row - at_.before < end_);
             if (after != 0) {
                 const int lane = __ffs(after) - 1;
                 if (threadIdx.x % 32 == lane) {
-                    to = tile(number - before_ - (end_ - tiles_));
+                    to = tile(in_row - at_.before - (end_ - tiles_));
                     ptx::mbarrier_arrive(ready);
                 }
-                phase = phase_;
-                expert = group_ + lane;
+                phase = at_.phase;
+                expert = at_.group + lane;
                 return;
             }
-            if (phase_ == kNoPhase) {
-                break;
-            }
-            before_ += __shfl_sync(0xffffffffu, end_, 31);
-            group_ += 32;
-            if (group_ >= shared_.operands[phase_].experts) {
-                group_ = 0;
-                phase_ += large_ ? 0 : 1;
-                large_ = !large_;
-                if (phase_ > kLastPhase) {
-                    phase_ = kNoPhase;
+            at_.before += __shfl_sync(0xffffffffu, end_, 31);
+            at_.group += 32;
+            if (at_.group >= shared_.operands[at_.phase].experts) {
+                at_.group = 0;
+                at_.row_class++;
+                if (many_ || at_.row_class == kRowClasses) {
+                    at_.row_class = 0;
+                    at_.phase++;
                 }
             }
-            if (phase_ != kNoPhase) {
-                read_group();
-            }
-        }
-        phase = kNoPhase;
-        expert = 0;
-        if (threadIdx.x % 32 == 0) {
-            to.phase = kNoPhase;
-            ptx::mbarrier_arrive(ready);
+            stale_ = true;
         }
     }
 
-    // Once there are no more.
-    __device__ __forceinline__ int total() const { return before_; }
+    __device__ __forceinline__ int total() const { return total_; }
 
    private:
-    __device__ __forceinline__ int pairs(int phase) const {
-        return (shared_.operands[phase].row_tiles + 1) / 2;
+    // A place in a row of tiles.
+    struct Cursor {
+        int phase = kFirstPhase;
+        int row_class = 0;  // of the others
+        int group = 0;       // of 32 experts
+        int before = 0;      // tiles before the group
+    };
+
+    // Of an expert and a block of its tokens.
+    __device__ __forceinline__ int tiles_of(Form form, int phase) const {
+        const int row_tiles = shared_.operands[phase].row_tiles;
+        return form == kTall ? (row_tiles + 3) / 4 : (row_tiles + 1) / 2;
+    }
+
+    __device__ __forceinline__ Form form_of(int rows) const {
+        const bool is_tall = most_apart_ == kMostApartBesideTall && rows <= kMaxColumns;
+        return rows <= most_apart_ ? kApart : is_tall ? kTall : kTogether;
+    }
+
+    static __device__ __forceinline__ int blocks_of(int rows) { return ((rows + 15) / 16 + kBlocks - 1) / kBlocks; }
+
+    // Whether an expert's tiles come where the cursor is.
+    __device__ __forceinline__ bool is_here(int rows) const {
+        const int row_class = rows > kLong ? 0 : rows > most_apart_ ? 1 : 2;
+        return many_ ? rows > kMaxColumns : rows <= kMaxColumns && row_class == at_.row_class;
     }
 
     __device__ __forceinline__ void read_group() {
-        const GemmOperands& g = shared_.operands[phase_];
+        const GemmOperands& g = shared_.operands[at_.phase];
         const int lane = threadIdx.x % 32;
-        const int expert = group_ + lane;
+        const int expert = at_.group + lane;
         rows_ = expert < g.experts ? max(g.counts[expert], 0) : 0;
-        const int units = (rows_ + 15) / 16;
-        blocks_ = (units + kBlocks - 1) / kBlocks;
-        tiles_ = (rows_ > kMaxColumns) == large_ ? blocks_ * pairs(phase_) : 0;
+        blocks_ = blocks_of(rows_);
+        tiles_ = is_here(rows_) ? blocks_ * tiles_of(form_of(rows_), at_.phase) : 0;
         end_ = tiles_;
 #pragma unroll
         for (int offset = 1; offset < 32; offset *= 2) {
             const int other = __shfl_up_sync(0xffffffffu, end_, offset);
             end_ += lane >= offset ? other : 0;
         }
+        stale_ = false;
     }
 
     __device__ __forceinline__ Tile tile(int within) const {
-        const GemmOperands& g = shared_.operands[phase_];
-        const int expert = group_ + threadIdx.x % 32;
+        const GemmOperands& g = shared_.operands[at_.phase];
+        const int expert = at_.group + threadIdx.x % 32;
         const int units = (rows_ + 15) / 16;
-        const int pair = within / blocks_;
-        const int block = within - pair * blocks_;
+        const Form form = form_of(rows_);
+        const int high = within / blocks_;
+        const int block = within - high * blocks_;
         // why: 64-bit, blocks times units
         const int unit = static_cast<int>(static_cast<int64_t>(block) * units / blocks_);
         const int next = static_cast<int>((block + 1ll) * units / blocks_);
         Tile tile;
-        tile.phase = phase_;
+        tile.phase = at_.phase;
         tile.expert = expert;
-        tile.row_tile = 2 * pair;
+        tile.row_tile = (form == kTall ? 4 : 2) * high;
         tile.first_row = (g.offsets != nullptr ? g.offsets[expert] : 0) + 16 * unit;
-        tile.apart = rows_ <= kMostApart;
-        tile.width = tile.apart ? (rows_ + 7) / 8 * 8 : 8 * (next - unit);
+        tile.form = form;
+        tile.width = form == kTogether ? 8 * (next - unit) : (rows_ + 7) / 8 * 8;
         tile.rows = min(2 * tile.width, rows_ - 16 * unit);
-        tile.after = kFirstPhase == kGateUp && phase_ == kDown ? blocks_ * pairs(kGateUp) * kClusterCtas : 0;
+        tile.after = kFirstPhase == kGateUp && at_.phase == kDown ? blocks_ * tiles_of(form, kGateUp) * kClusterCtas : 0;
         return tile;
     }
 
+    static constexpr int kRowClasses = 3;
     const Shared& shared_;
-    int phase_ = kFirstPhase;
-    bool large_ = true;
-    int group_ = 0;   // of 32 experts
-    int before_ = 0;  // tiles before the group
+    Merge head_, middle_;
+    int gap_, total_;
+    int most_apart_ = kMostApart;
+    bool many_ = false;  // which row at_ is a place in; parked_ is one in the other
+    Cursor at_, parked_;
+    bool stale_ = true;                // what follows is not of at_
     int rows_, blocks_, tiles_, end_;  // of the lane's expert; tiles to its end
 };
 
@@ -262,18 +404,22 @@ template <int kFirstPhase, int kLastPhase>
 __device__ __forceinline__ void deal_tiles(Shared& shared, const Addresses& at, WorkWord claimed) {
     const int lane = threadIdx.x % 32;
     const int rank = ptx::cluster_rank();
+    // why before the list: the two wait for device memory together
+    uint32_t claim = 0;
+    if (rank == 0 && lane == 0) {
+        claim = atomicAdd(shared.work + claimed, 1u);
+    }
     Tiles<kFirstPhase, kLastPhase> tiles(shared);
     Position<kListedTiles> slot;
     Position<1> turn;
     int phase = kNoPhase, expert = 0;  // of the tile in work
     for (bool first = true;; first = false) {
-        uint32_t claim = 0;
         if (lane == 0) {
             if (rank == 0) {
                 if (!first) {
                     ptx::mbarrier_wait(at.claim_due, turn.parity ^ 1);
+                    claim = atomicAdd(shared.work + claimed, 1u);
                 }
-                claim = atomicAdd(shared.work + claimed, 1u);
                 ptx::mbarrier_wait(at.claim_free, turn.parity ^ 1);
                 ptx::store_async_at(at.claim, claim, at.claim_ready, 1);
             } else {
@@ -359,12 +505,13 @@ __device__ __forceinline__ void stream_weights(Shared& shared, const Addresses& 
         const GemmOperands& g = shared.operands[tile.phase];
         const int k_blocks = g.k_blocks;
         const int claim_at = max(k_blocks - kClaimAhead, 0);
-        // why: where row tiles are odd the last pair has one, which then comes twice
-        const int row_tile = min(tile.row_tile + rank, g.row_tiles - 1);
+        const Form form = tile.form;
+        // why: the last tile may reach past the last row tile, which then comes more than once
+        const int row_tile = min(tile.row_tile + (form == kTall ? 2 * rank : rank), g.row_tiles - 1);
+        const int64_t next = row_tile + 1 < g.row_tiles ? static_cast<int64_t>(k_blocks) * kTileBytes : 0;
         const uint8_t* from = reinterpret_cast<const uint8_t*>(
             g.weights + tile_offset(tile.expert, row_tile, 0, g.row_tiles, k_blocks));
-        const bool apart = tile.apart;
-        const int step = apart ? kApartBlocks : 1;
+        const int step = form == kApart ? kApartBlocks : 1;
         list.leave();
         bool due = rank == 0;
 #pragma unroll 1
@@ -372,9 +519,13 @@ __device__ __forceinline__ void stream_weights(Shared& shared, const Addresses& 
             ptx::mbarrier_wait(barrier_at(at.stage_free, stage.index), stage.parity ^ 1);
             const uint32_t ready = barrier_at(at.stage_ready, stage.index);
             const uint32_t bytes = min(step, k_blocks - k) * kTileBytes;
-            if (apart) {
+            if (form == kApart) {
                 ptx::mbarrier_arrive_expect(ready, bytes);
                 ptx::bulk_copy(at.weights(stage.index), from, bytes, ready, policy);
+            } else if (form == kTall) {
+                ptx::mbarrier_arrive_expect(ready, kWeightBytes);
+                ptx::bulk_copy(at.weights(stage.index), from, kTileBytes, ready, policy);
+                ptx::bulk_copy(at.weights(stage.index) + kTileBytes, from + next, kTileBytes, ready, policy);
             } else {
                 ptx::mbarrier_arrive_expect(ready, kWeightBytes);
                 ptx::bulk_copy_to_all(at.weights(stage.index) + rank * kTileBytes, from, kTileBytes, ready,
@@ -408,9 +559,9 @@ __device__ __forceinline__ void gather_tokens(Shared& shared, const Addresses& a
         const GemmOperands& g = shared.operands[tile.phase];
         const int k_blocks = g.k_blocks;
         const int width = tile.width;
-        const int step = tile.apart ? kApartBlocks : 1;
+        const int step = tile.form == kApart ? kApartBlocks : 1;
         const int last = tile.first_row + tile.rows - 1;
-        const int row = tile.first_row + (tile.apart ? 0 : rank * width) + row0;
+        const int row = tile.first_row + (tile.form == kTogether ? rank * width : 0) + row0;
         const int64_t pitch = k_blocks * 8;
         // why addresses, a k block ahead of the copies: a copy reads its registers late, and who writes
         // them again waits for that
@@ -469,6 +620,16 @@ __device__ __forceinline__ void leave_stage(uint32_t barriers, int index) {
     }
 }
 
+// The descriptor, known to be the same in all lanes. why: it stays in uniform registers, where wgmma wants it
+__device__ __forceinline__ uint64_t uniform_descriptor(uint64_t descriptor) {
+    return descriptor >> 32 << 32 | __shfl_sync(0xffffffffu, static_cast<uint32_t>(descriptor), 0);
+}
+
+// The descriptor of what lies so many 16 bytes further on; its high half never changes.
+__device__ __forceinline__ uint64_t further(uint64_t descriptor, uint32_t by) {
+    return descriptor >> 32 << 32 | (static_cast<uint32_t>(descriptor) + by);
+}
+
 // Warpgroups 0 and 1: all k blocks of a tile.
 template <int kColumns>
 __device__ __forceinline__ void multiply_tile(float (&acc)[2][kBlocks][4], const Addresses& at,
@@ -477,18 +638,18 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[2][kBlocks][4], const
     constexpr ptx::Columns<kColumns> columns;
 #pragma unroll 1
     for (int k = 0; k < k_blocks; k++) {
+        const uint64_t a = uniform_descriptor(
+            ptx::wgmma_descriptor_of_alternate_rows(at.weights(stage.index) + threadIdx.x / 128 * kTileBytes));
+        const uint64_t b = uniform_descriptor(ptx::wgmma_descriptor(at.tokens(stage.index)));
         ptx::mbarrier_wait(barrier_at(at.stage_ready, stage.index), stage.parity);
         // why: cp.async wrote through the generic proxy
         ptx::fence_proxy_async();
-        const uint64_t a = ptx::wgmma_descriptor_of_alternate_rows(at.weights(stage.index) +
-                                                                   threadIdx.x / 128 * kTileBytes);
-        const uint64_t b = ptx::wgmma_descriptor(at.tokens(stage.index));
         ptx::wgmma_fence();
 #pragma unroll
         for (int i = 0; i < kTileCols / 16; i++) {
             const int add = i > 0 ? 1 : k;
-            ptx::wgmma_k16(columns, acc[0], a + 2 * i, b + 2 * i, add);
-            ptx::wgmma_k16(columns, acc[1], a + 2 * i + 8 * kRowBytes / 16, b + 2 * i, add);
+            ptx::wgmma_k16(columns, acc[0], further(a, 2 * i), further(b, 2 * i), add);
+            ptx::wgmma_k16(columns, acc[1], further(a, 2 * i + 8 * kRowBytes / 16), further(b, 2 * i), add);
         }
         ptx::wgmma_commit();
         // why not a block later: the other warpgroup's products fill the gap, and the stage is free
@@ -504,18 +665,19 @@ template <int kColumns, int kStageBlocks>
 __device__ __forceinline__ void multiply_stage_apart(float (&acc)[2][kBlocks][4], const Addresses& at,
                                                      Position<kStages>& stage, int add) {
     constexpr ptx::Columns<kColumns> columns;
+    const uint64_t a =
+        uniform_descriptor(ptx::wgmma_descriptor(at.weights(stage.index) + threadIdx.x / 128 * (kTileBytes / 2)));
+    const uint64_t b = uniform_descriptor(ptx::wgmma_descriptor(at.tokens(stage.index)));
     ptx::mbarrier_wait(barrier_at(at.stage_ready, stage.index), stage.parity);
     // why: cp.async wrote through the generic proxy
     ptx::fence_proxy_async();
-    const uint64_t a = ptx::wgmma_descriptor(at.weights(stage.index) + threadIdx.x / 128 * (kTileBytes / 2));
-    const uint64_t b = ptx::wgmma_descriptor(at.tokens(stage.index));
     ptx::wgmma_fence();
 #pragma unroll
     for (int block = 0; block < kStageBlocks; block++) {
 #pragma unroll
         for (int i = 0; i < kTileCols / 16; i++) {
-            ptx::wgmma_k16(columns, acc[0], a + block * (kTileBytes / 16) + 2 * i,
-                           b + block * (kColumns * kRowBytes / 16) + 2 * i, block + i > 0 ? 1 : add);
+            ptx::wgmma_k16(columns, acc[0], further(a, block * (kTileBytes / 16) + 2 * i),
+                           further(b, block * (kColumns * kRowBytes / 16) + 2 * i), block + i > 0 ? 1 : add);
         }
     }
     ptx::wgmma_commit();
@@ -538,12 +700,20 @@ __device__ __forceinline__ void multiply_apart(float (&acc)[2][kBlocks][4], cons
     }
 }
 
-// Calls f with a width, one of kLeast, kLeast + 8, .., as a constant.
-template <int kLeast, int... kEighths, class F>
-__device__ __forceinline__ void with_width(std::integer_sequence<int, kEighths...>, int width, const F& f) {
-    (void)((width == kLeast + 8 * kEighths &&
-            (f(std::integral_constant<int, kLeast + 8 * kEighths>()), true)) ||
-           ...);
+// Calls f with a width, one of kLeast, kLeast + 8, .., kMost, as a constant.
+// why by halves: in a row of comparisons the last widths wait for all others, a few hundred clocks a tile
+template <int kLeast, int kMost, class F>
+__device__ __forceinline__ void with_width(int width, const F& f) {
+    if constexpr (kLeast == kMost) {
+        f(std::integral_constant<int, kLeast>());
+    } else {
+        constexpr int kMiddle = (kLeast + kMost) / 16 * 8;
+        if (width <= kMiddle) {
+            with_width<kLeast, kMiddle>(width, f);
+        } else {
+            with_width<kMiddle + 8, kMost>(width, f);
+        }
+    }
 }
 
 // Keeps a value in its register: the compiler would compute it again wherever it is used.
@@ -762,23 +932,26 @@ __device__ __forceinline__ void multiply(Shared& shared, const Addresses& at, co
         const GemmOperands& g = shared.operands[tile.phase];
         const int k_blocks = g.k_blocks;
         pin(acc);
-        if (tile.apart) {
-            with_width<8>(std::make_integer_sequence<int, kMostApart / 8>(), tile.width, [&](auto width) {
+        const Form form = tile.form;
+        if (form == kApart) {
+            with_width<8, kMostApart>(tile.width, [&](auto width) {
                 multiply_apart<decltype(width)::value>(acc, at, stage, k_blocks);
             });
         } else {
-            constexpr int kLeast = (kMostApart + 16) / 16 * 8;  // of one row more
-            with_width<kLeast>(std::make_integer_sequence<int, (kMaxColumns - kLeast) / 8 + 1>(), tile.width,
-                               [&](auto width) {
-                                   multiply_tile<decltype(width)::value>(acc, at, stage, k_blocks);
-                               });
+            constexpr int kLeast = (kMostApart + 16) / 16 * 8;  // of one row more, together
+            static_assert(kLeast <= kMostApartBesideTall + 1, "a tall tile has a width, too");
+            with_width<kLeast, kMaxColumns>(tile.width, [&](auto width) {
+                multiply_tile<decltype(width)::value>(acc, at, stage, k_blocks);
+            });
         }
         pin(acc);
         const bool is_gate_up =
             kLastPhase == kGateUp || (kFirstPhase == kGateUp && tile.phase == kGateUp);
-        const int row_tile = tile.row_tile + (tile.apart ? rank : threadIdx.x / 128);
+        const int half = threadIdx.x / 128;
+        const int row_tile = tile.row_tile + (form == kApart ? rank : form == kTall ? 2 * rank + half : half);
+        const int token_rank = form == kTogether ? rank : 0;
         if (row_tile < g.row_tiles) {
-            if (tile.apart) {
+            if (form == kApart) {
                 const scheduler::Work work = {tile.expert, row_tile, 0, tile.rows};
                 if (is_gate_up) {
                     gate_up.template store_at<kMostApart, true>(g, work, tile.first_row, acc[0]);
@@ -786,9 +959,9 @@ __device__ __forceinline__ void multiply(Shared& shared, const Addresses& at, co
                     down.template store_at<kMostApart, true>(g, work, tile.first_row, acc[0]);
                 }
             } else if (is_gate_up) {
-                store(gate_up, g, tile, row_tile, rank, turn, acc);
+                store(gate_up, g, tile, row_tile, token_rank, turn, acc);
             } else {
-                store(down, g, tile, row_tile, rank, turn, acc);
+                store(down, g, tile, row_tile, token_rank, turn, acc);
             }
         }
         __syncwarp();
