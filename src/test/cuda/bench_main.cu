@@ -3,17 +3,21 @@
 // wgmma kernels and those with mma.sync, over poisoned outputs.
 //
 //   bench_main [cases] [prefill] [verify] [turns] [only=N] [kernels=NAME] [cubin=NAME:FILE:SHARED ...]
+//              [fused=NAME:FILE:SHARED ...]
 //
 // kernels: times these alone, for example prefill+pdl; bits are compared with mma.sync all the same.
 // cubin: moe_experts_wgmma_prefill and its halves from another build, with that build's bytes of shared memory.
+// fused: moe_experts_wgmma from another build, the same way.
 // turns: the prefill kernel and those of the cubins in turns on a GPU that they have made hot, in the cases
-// (only=N: this one, else 5, 10 and 14) and, with prefill, in prefill, with the clock of the SMs.
+// (only=N: this one, else 5, 10 and 14) and, with prefill, in prefill, with the clock of the SMs. With fused
+// cubins these and the kernel here, and cases 1, 4 and 5.
 // Prefill prints the rate of cuBLAS beside, measured before each time of a chain, where the variable CUBLAS
 // names libcublas.so.13.
 #include <dlfcn.h>
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -54,6 +58,8 @@ std::vector<Variant> g_variants = {
 };
 
 int g_sms;
+const std::ptrdiff_t kBuiltIn = static_cast<std::ptrdiff_t>(g_variants.size());  // variants that are no cubin's
+bool g_fused_cubins = false;  // of moe_experts_wgmma
 const char* g_kernels = nullptr;  // the name of one of g_variants, or all
 
 bool is_wanted(const Variant& v) { return g_kernels == nullptr || std::strcmp(g_kernels, v.name) == 0; }
@@ -518,7 +524,8 @@ void bench_turns(const char* name, Bench& bench) {
     bool from_here = false;
     for (const Variant& v : g_variants) {
         from_here |= v.both == moe_experts_wgmma_prefill;
-        if (!from_here) continue;
+        const bool added = &v - g_variants.data() >= kBuiltIn;
+        if (g_fused_cubins ? !added && !(v.both == moe_experts_wgmma && v.pdl) : !from_here) continue;
         Entry entry{&v, std::make_unique<Bench::Replay>(bench, v, kChain), 1, {}, {}};
         entry.replay->time_us(1);
         const double us = entry.replay->time_us(1)[0] * entry.replay->runs;
@@ -550,7 +557,9 @@ void bench_turns(const char* name, Bench& bench) {
 void bench_all_in_turns(int only, bool prefill) {
     for (const BenchCase& c : kBenchCases) {
         const int number = std::atoi(c.name);
-        if (only != 0 ? number != only : number != 5 && number != 10 && number != 14) continue;
+        const bool of_fused = number == 1 || number == 4 || number == 5;
+        const bool of_prefill = number == 5 || number == 10 || number == 14;
+        if (only != 0 ? number != only : !(g_fused_cubins ? of_fused : of_prefill)) continue;
         Bench bench(std::vector<int>(c.counts, c.counts + c.experts), c.hidden, c.intermediate, c.slots);
         bench_turns(c.name, bench);
     }
@@ -562,11 +571,11 @@ void bench_all_in_turns(int only, bool prefill) {
 }
 
 // Adds a variant of NAME:FILE:SHARED; the strings live on.
-void add_cubin(char* spec) {
+void add_cubin(char* spec, bool fused) {
     char* file = std::strchr(spec, ':');
     char* shared = file == nullptr ? nullptr : std::strchr(file + 1, ':');
     if (shared == nullptr) {
-        std::printf("cubin=NAME:FILE:SHARED\n");
+        std::printf("%s=NAME:FILE:SHARED\n", fused ? "fused" : "cubin");
         std::exit(2);
     }
     *file++ = 0, *shared++ = 0;
@@ -577,6 +586,11 @@ void add_cubin(char* spec) {
         CHECK_CUDA(cudaLibraryGetKernel(&handle, library, name));
         return reinterpret_cast<void (*)(moe::StepParams)>(handle);
     };
+    if (fused) {
+        g_variants.push_back({spec, moe_gate_up_wgmma, moe_down_wgmma, kernel("moe_experts_wgmma"),
+                              moe::kWgmmaThreads, std::atoi(shared), 1, true});
+        return;
+    }
     g_variants.push_back({spec, kernel("moe_gate_up_wgmma_prefill"), kernel("moe_down_wgmma_prefill"),
                          kernel("moe_experts_wgmma_prefill"), moe::prefill::kThreads, std::atoi(shared), 1, true});
 }
@@ -594,7 +608,11 @@ int main(int argc, char** argv) {
     for (int i = 1; i < argc; i++) {
         if (std::strncmp(argv[i], "only=", 5) == 0) only = std::atoi(argv[i] + 5);
         if (std::strncmp(argv[i], "kernels=", 8) == 0) g_kernels = argv[i] + 8;
-        if (std::strncmp(argv[i], "cubin=", 6) == 0) add_cubin(argv[i] + 6);
+        if (std::strncmp(argv[i], "cubin=", 6) == 0) add_cubin(argv[i] + 6, false);
+        if (std::strncmp(argv[i], "fused=", 6) == 0) {
+            g_fused_cubins = true;
+            add_cubin(argv[i] + 6, true);
+        }
     }
     std::setvbuf(stdout, nullptr, _IOLBF, 0);
     CHECK_CUDA(cudaStreamCreateWithFlags(&g_stream, cudaStreamNonBlocking));

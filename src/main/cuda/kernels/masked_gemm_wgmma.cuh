@@ -115,13 +115,13 @@ constexpr int kClaimAhead = 4;
 template <class Shape>
 struct WgmmaShared {
     uint64_t weights_ready[Shape::kWeightStages];
-    uint64_t weights_free[Shape::kWeightStages];
+    uint64_t weights_free[Shape::kWeightStages + 1];  // why one more, and of items: for who is not live
     uint64_t tokens_ready[Shape::kTokenSlots];
     uint64_t tokens_free[Shape::kTokenSlots];
-    uint64_t item_ready[kListed];
+    uint64_t item_ready[kListed + 1];
     uint64_t item_stored[kCounted];
     uint64_t item_counted[kCounted];
-    scheduler::Item items[kListed];
+    scheduler::Item items[kListed + 1];
     GemmOperands operands[2];  // of gate_up, of down
     // why here: the rank's record is in device memory, and its lines do not stay in L1
     uint32_t* work;
@@ -181,12 +181,13 @@ __device__ __forceinline__ uint32_t barrier_at(uint32_t barriers, int index) {
 }
 
 // The weights of an item, by one thread, which claims the next item on the way. A stage holds a k block of
-// a tile, two of half a tile or four of a quarter. Not live: passes over its code once.
+// a tile, two of half a tile or four of a quarter. eager: the next item may be claimed before this one is begun.
+// Not live: passes over its code once.
 template <class Shape>
 __device__ __forceinline__ void stream_item(const Rings<Shape>& rings,
                                             RingPosition<Shape::kWeightStages>& stage, const GemmOperands& g,
                                             const scheduler::Item& item, uint32_t* claimed, uint32_t& claim,
-                                            bool live) {
+                                            bool eager, bool live) {
     const int k_blocks = live ? g.k_blocks : 4;
     const int row_tiles = live ? g.row_tiles : 1;
     const uint8_t* tile = reinterpret_cast<const uint8_t*>(
@@ -199,16 +200,15 @@ __device__ __forceinline__ void stream_item(const Rings<Shape>& rings,
     tile += item.part * bytes;
     const RingPosition<Shape::kWeightStages> first = stage;
     // why: an item that is not begun may have to wait, and others could begin the next one
-    const bool begun = stages - kClaimAhead >= Shape::kWeightStages;
-    const int claim_at = begun ? stages - kClaimAhead : -1;
+    const bool begun = eager || stages - kClaimAhead >= Shape::kWeightStages;
+    const int claim_at = begun ? max(stages - kClaimAhead, 0) : -1;
 #pragma unroll 1
     for (int i = 0; i < stages; i++) {
         if (live && i == claim_at) {
             claim = atomicAdd(claimed, 1u);
         }
-        if (live) {
-            ptx::mbarrier_wait(barrier_at(rings.weights_free, stage.index), stage.parity ^ 1);
-        }
+        ptx::mbarrier_wait(barrier_at(rings.weights_free, live ? stage.index : Shape::kWeightStages),
+                           stage.parity ^ 1);
         const uint32_t ready = barrier_at(rings.weights_ready, stage.index);
         uint32_t to = rings.weights + stage.index * kTileBytes;
 #pragma unroll 1
@@ -235,11 +235,11 @@ __device__ __forceinline__ void stream_item(const Rings<Shape>& rings,
 
 // Warpgroup 2, warp 0: claims items, lists them for the others and streams their weights. After the
 // last it lists one of no phase. number: of the CTA's first item, in lane 0. base: items that are no claim's.
-// Not live: up to the first item.
+// eager: see stream_item. Not live: up to the first copy, with a barrier and an item that nobody uses.
 template <class Shape>
 __device__ __forceinline__ void stream_weights(WgmmaShared<Shape>& shared, const Rings<Shape>& rings,
                                                const scheduler::Items<Shape>& items, uint32_t* claimed,
-                                               uint32_t number, uint32_t base, bool live) {
+                                               uint32_t number, uint32_t base, bool eager, bool live) {
     RingPosition<Shape::kWeightStages> stage;
     RingPosition<kListed> listed;
     const uint32_t last = items.total() + gridDim.x - 1;
@@ -249,14 +249,13 @@ __device__ __forceinline__ void stream_weights(WgmmaShared<Shape>& shared, const
         }
         const scheduler::Item item = items.at(static_cast<int>(__shfl_sync(0xffffffffu, number, 0)));
         if (threadIdx.x % 32 == 0) {
-            if (live) {
-                shared.items[listed.index] = item;
-                ptx::mbarrier_arrive(barrier_at(rings.item_ready, listed.index));
-            }
+            const int at = live ? listed.index : kListed;
+            shared.items[at] = item;
+            ptx::mbarrier_arrive(barrier_at(rings.item_ready, at));
             listed.step();
             if (item.phase != scheduler::kNoItem) {
                 uint32_t claim = 0;
-                stream_item(rings, stage, shared.operands[item.phase], item, claimed, claim, live);
+                stream_item(rings, stage, shared.operands[item.phase], item, claimed, claim, eager, live);
                 number = base + claim;
             }
         }
@@ -697,7 +696,8 @@ __device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& gate_up, c
             ptx::mbarrier_init(barrier_at(rings.tokens_ready, i), kGatherThreads);
             ptx::mbarrier_init(barrier_at(rings.tokens_free, i), kMultiplyThreads / 32);
         }
-        for (int i = 0; i < kListed; i++) {
+        ptx::mbarrier_init(barrier_at(rings.weights_free, Shape::kWeightStages), 1);
+        for (int i = 0; i < kListed + 1; i++) {
             ptx::mbarrier_init(barrier_at(rings.item_ready, i), 1);
         }
         for (int i = 0; i < kCounted; i++) {
@@ -714,10 +714,11 @@ __device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& gate_up, c
         const GemmOperands& any = kPhases == kDownPhase ? down : gate_up;
         const scheduler::Dealing dealing(kPhases & kGateUpPhase ? gate_up.row_tiles : 0,
                                          kPhases & kDownPhase ? down.row_tiles : 0, gridDim.x,
-                                         most_parts<Shape>(gate_up.k_blocks));
+                                         most_parts<Shape>(gate_up.k_blocks),
+                                         kPhases == kBothPhases ? min(2, most_parts<Shape>(down.k_blocks)) : 1);
         // why a second warp does the same, not live: while the previous grid runs there is time to fetch the
         // instructions that stand between the counts and the first copy, and they come from memory as the
-        // weights do
+        // weights do. So what it must not do it does where it harms nobody, rather than skip it
         if (thread < 64) {
             const bool live = thread < 32;
             // why claimed where down waits for gate_up: a number of the CTA's own would make others wait for
@@ -747,7 +748,7 @@ __device__ __forceinline__ void masked_gemm_wgmma(const GemmOperands& gate_up, c
                 shared.expert_done = me.expert_done;
             }
             stream_weights(shared, rings, scheduler::Items<Shape>(shared.experts, units, any.experts, dealing, live),
-                           me.work + claimed, number, kClaimsFirst ? 0 : gridDim.x, live);
+                           me.work + claimed, number, kClaimsFirst ? 0 : gridDim.x, units.wide == 0, live);
         }
         if (kPhases == kBothPhases && thread == 32) {
             count_items(shared, rings);

@@ -9,7 +9,8 @@
 // blocks innermost, so that a weight tile is fetched from memory once. The tiles that full rounds of the
 // grid leave over are cut: into quarters where these are at most one for each CTA, into halves where those
 // are, into halves for all CTAs and quarters where these are at most another one for each; else as many are
-// halved as there would be idle CTAs.
+// halved as there would be idle CTAs. Of the second GEMM all that full rounds leave over are halved: so a CTA has
+// half a tile of an expert whose rows are long there before one of an expert whose rows may be late.
 #pragma once
 #include "../layout/weight_tiles.cuh"
 #include "masked.cuh"
@@ -45,10 +46,11 @@ struct Divisor {
 struct Dealing {
     Divisor tiles[2];  // row tiles of each phase, 0: the kernel has no such phase
     Divisor grid;      // CTAs
-    int gate_up_parts;  // at most so many of a tile of that phase: 1, 2 or 4
+    int parts[2];      // at most so many of a tile of each phase: 1, 2 or 4
 
-    __device__ __forceinline__ Dealing(int gate_up_tiles, int down_tiles, int grid, int gate_up_parts)
-        : tiles{Divisor(gate_up_tiles), Divisor(down_tiles)}, grid(grid), gate_up_parts(gate_up_parts) {}
+    __device__ __forceinline__ Dealing(int gate_up_tiles, int down_tiles, int grid, int gate_up_parts,
+                                       int down_parts)
+        : tiles{Divisor(gate_up_tiles), Divisor(down_tiles)}, grid(grid), parts{gate_up_parts, down_parts} {}
 };
 
 // Token blocks of a rank's experts.
@@ -180,10 +182,10 @@ class Items {
             const int tiles = units * dealing.tiles[phase].divisor;
             const int left = tiles - dealing.grid.quotient(tiles) * grid;
             // why none beside wide experts: case 5 of the benchmark was slower with them
-            const int parts = phase == kGateUpItems && wide_ == 0 ? dealing.gate_up_parts : 1;
-            int halved = parts > 1 ? min(left, grid - left) : 0;
+            const int parts = wide_ == 0 ? dealing.parts[phase] : 1;
+            int halved = parts == 1 ? 0 : phase == kDownItems ? left : min(left, grid - left);
             int quartered = 0;
-            if (parts > 2 && total.few) {
+            if (phase == kGateUpItems && parts > 2 && total.few) {
                 if (4 * left <= grid) {
                     halved = 0;
                     quartered = left;
