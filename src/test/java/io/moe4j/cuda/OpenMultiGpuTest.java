@@ -123,8 +123,8 @@ class OpenMultiGpuTest {
                 free = now; // why not round 0: the driver keeps what it needs the first time
             }
             for (int gpu = 0; round > 1 && gpu < now.length; gpu++) {
-                // why not equal: the driver may give back what an earlier test left it, one piece of 8
-                // MiB was seen; what a layer keeps is missing from here on
+                // why not equal: the driver may give back what an earlier test left it (8 MiB were
+                // seen); what a layer keeps is missing from here on
                 assertThat(now[gpu])
                         .as("round %d, GPU %d", round, gpu)
                         .isGreaterThanOrEqualTo(free[gpu]);
