@@ -383,7 +383,8 @@ class Tiles {
         tile.form = form;
         tile.width = form == kTogether ? 8 * (next - unit) : (rows_ + 7) / 8 * 8;
         tile.rows = min(2 * tile.width, rows_ - 16 * unit);
-        tile.after = kFirstPhase == kGateUp && at_.phase == kDown ? blocks_ * tiles_of(form, kGateUp) * kClusterCtas : 0;
+        tile.after =
+            kFirstPhase == kGateUp && at_.phase == kDown ? blocks_ * tiles_of(form, kGateUp) * kClusterCtas : 0;
         return tile;
     }
 
