@@ -5,9 +5,6 @@
 // why: other targets have no wgmma; a test's other targets have these kernels without a body
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(MOE_TEST_STUBS)
 
-static_assert(moe::kWgmmaSharedBytes<moe::NarrowShape> == 226560 && moe::kWgmmaSharedBytes<moe::WideShape> == 226560,
-              "kernels.def has other sizes of shared memory");
-
 extern "C" __global__ __launch_bounds__(moe::kWgmmaThreads, 1)
 void moe_experts_wgmma(const __grid_constant__ moe::StepParams p) {
     const moe::LocalRank& me = p.locals[blockIdx.y];
