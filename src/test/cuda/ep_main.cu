@@ -10,10 +10,12 @@
 //   ep_main time              medians of a pair in a graph of 16, maximum over GPUs
 //   ep_main sweep             the same, for several numbers of CTAs
 //   ep_main sizes             the same, and larger steps: where lines stop to pay
+//   ep_main direct            the pairs of the figures, nothing between, three times
+//   ep_main grids             pairs of 128 tokens for several numbers of CTAs of both kernels
 //   ep_main pairs             a few of them in two seconds, also with experts that last: combine starts beside
 //                             them, as it does beside real ones
 // With -DEP_ONLY only the kernels that it uses are compiled. With -DMOE_TRACE, ep_main trace: when the warps of
-// dispatch passed their trace points.
+// both passed their trace points.
 #include <algorithm>
 #include <atomic>
 #include <barrier>
@@ -143,6 +145,8 @@ void use(int gpu) { CHECK_CUDA(cudaSetDevice(gpu)); }
 
 int up_to(int n, int m) { return (n + m - 1) / m * m; }
 
+constexpr int kCombineBytes = 0;
+
 enum Form { kFused, kSplit, kForms };
 constexpr int kOwnThenAny = 6;  // routing: variants by turns without a row for another rank, and with any
 const char* const kFormNames[] = {"fused", "split"};
@@ -156,10 +160,12 @@ struct Config {
     int pairs = 1;
     bool empty = false, one_cta = false;  // empty: no expert, for timings
     bool lasting = false, direct = false;
+    bool f32 = false;   // out, else bf16
+    bool tail = false;  // a dispatch more behind the pairs, for traces
     uint64_t timeout_ns = 5000000000ull;
     std::string text() const {
         char s[160];
-        std::snprintf(s, sizeof s, "G=%d R=%d M=%d K=%d E=%d H=%d %s", G, R, M, K, E, H, kWireNames[wire]);
+        std::snprintf(s, sizeof s, "G=%d R=%d M=%d K=%d E=%d H=%d %s%s", G, R, M, K, E, H, kWireNames[wire], f32 ? " f32" : "");
         return s;
     }
 };
@@ -178,7 +184,8 @@ struct Rank {
     std::vector<void*> memory;
     int32_t *d_count, *all_counts, *d_ids, *all_ids;
     float *d_weights, *all_weights;
-    uint16_t *d_hidden, *all_hidden, *d_out, *all_out;
+    uint16_t *d_hidden, *all_hidden;
+    uint8_t *d_out, *all_out;
     moe::ErrorRecord* error;
     moe::SoftCounters* counters;
     moe::PeerStats* stats;
@@ -214,9 +221,9 @@ class Group {
         StepParams p{};
         const int64_t slots = static_cast<int64_t>(c.R) * c.M;
         p.num_ranks = c.R, p.num_local_ranks = local, p.max_tokens = c.M, p.top_k = c.K, p.experts = c.E;
-        p.experts_per_rank = L, p.hidden = c.H, p.hidden_pad = Hp, p.hidden_dtype = p.out_dtype = moe::kBF16;
+        p.experts_per_rank = L, p.hidden = c.H, p.hidden_pad = Hp, p.hidden_dtype = moe::kBF16, p.out_dtype = c.f32 ? moe::kF32 : moe::kBF16;
         p.routing_input = moe::kTopK, p.groups = p.topk_groups = 1, p.scale = 1, p.wire = c.wire;
-        p.early_next = local == 1;
+        p.early_next = local == 1 && !std::getenv("LATE");
         p.timeout_ns = p.first_timeout_ns = c.timeout_ns;
         p.off_dispatch_flags = place(8 * c.R), p.off_combine_flags = place(8 * c.R), p.off_abort_words = place(8 * c.R);
         p.off_recv_tokens = place(4 * c.R), p.off_recv_ids = place(4 * slots * c.K);
@@ -264,6 +271,8 @@ class Group {
         use(gpu);
         CHECK_CUDA(cudaStreamSynchronize(streams[gpu]));
     }
+
+    size_t out_bytes() const { return static_cast<size_t>(c.M) * c.H * (c.f32 ? 4 : 2); }
 
     int gpu_of(int rank) const { return rank / local; }
 
@@ -344,14 +353,13 @@ class Group {
             CHECK_CUDA(cudaMemcpyAsync(k.d_hidden, k.all_hidden + v * th, th * 2, cudaMemcpyDeviceToDevice, s));
             CHECK_CUDA(cudaMemcpyAsync(k.d_ids, k.all_ids + v * tk, tk * 4, cudaMemcpyDeviceToDevice, s));
             CHECK_CUDA(cudaMemcpyAsync(k.d_weights, k.all_weights + v * tk, tk * 4, cudaMemcpyDeviceToDevice, s));
-            CHECK_CUDA(cudaMemsetAsync(k.d_out, 0xff, th * 2, s));
+            CHECK_CUDA(cudaMemsetAsync(k.d_out, 0xff, out_bytes(), s));
         });
     }
 
     void keep_output(int gpu, int v) {
         on_ranks_of(gpu, [&](int, Rank& k) {
-            const size_t th = static_cast<size_t>(c.M) * c.H;
-            CHECK_CUDA(cudaMemcpyAsync(k.all_out + v * th, k.d_out, th * 2, cudaMemcpyDeviceToDevice, streams[gpu]));
+            CHECK_CUDA(cudaMemcpyAsync(k.all_out + v * out_bytes(), k.d_out, out_bytes(), cudaMemcpyDeviceToDevice, streams[gpu]));
         });
     }
 
@@ -391,13 +399,12 @@ class Group {
     void check_output(int rank, int v, const std::string& where) {
         const Rank& k = ranks[rank];
         const Input& in = k.inputs[v];
-        const size_t th = static_cast<size_t>(c.M) * c.H;
-        const auto out = get(k.all_out + v * th, th);
+        const auto out = get(k.all_out + v * out_bytes(), out_bytes());
         const int T = clamped(rank, v);
         int bad = 0, first = -1;
         for (int t = 0; t < c.M; t++) {
             for (int h = 0; h < c.H; h++) {
-                uint16_t want = 0xffff;
+                uint32_t want = 0xffffffff, got = 0xffff0000;
                 if (t < T) {
                     const float x = float_of(in.hidden[static_cast<size_t>(t) * c.H + h]);
                     float total = 0;
@@ -418,9 +425,13 @@ class Group {
                         total = any_rank ? total + row : row;
                         any_rank = true;
                     }
-                    want = half_of(total);
+                    if (c.f32) std::memcpy(&want, &total, 4);
+                    else want = 0xffff0000 | half_of(total);
                 }
-                if (out[static_cast<size_t>(t) * c.H + h] != want && bad++ == 0) first = t * c.H + h;
+                const size_t bytes = c.f32 ? 4 : 2;
+                std::memcpy(&got, out.data() + (static_cast<size_t>(t) * c.H + h) * bytes, bytes);
+                if (!c.f32) got |= 0xffff0000;
+                if (got != want && bad++ == 0) first = t * c.H + h;
             }
         }
         expect(bad == 0, "output " + where + " rank " + std::to_string(rank) + " T " + std::to_string(T) + ": " +
@@ -551,6 +562,7 @@ class Group {
             if (!c.direct) enqueue_experts(gpu);
             enqueue_combine(gpu, form);
         }
+        if (c.tail) enqueue_dispatch(gpu, form);
         CHECK_CUDA(cudaStreamEndCapture(streams[gpu], &graph));
         CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
         CHECK_CUDA(cudaGraphDestroy(graph));
@@ -566,10 +578,10 @@ class Group {
 
     using Kernel = void (*)(StepParams);
 
-    void run(int gpu, Kernel kernel, int64_t ctas, int threads, bool pdl) {
+    void run(int gpu, Kernel kernel, int64_t ctas, int threads, bool pdl, int shared = 0) {
         cudaLaunchConfig_t config{};
         config.gridDim = dim3(c.one_cta ? 1 : static_cast<unsigned>(std::max<int64_t>(1, ctas)), local);
-        config.blockDim = dim3(threads), config.stream = streams[gpu];
+        config.blockDim = dim3(threads), config.stream = streams[gpu], config.dynamicSmemBytes = shared;
         cudaLaunchAttribute attribute{};
         attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attribute.val.programmaticStreamSerializationAllowed = pdl;
@@ -584,7 +596,7 @@ class Group {
     int64_t combine_ctas() const {
         if (c.combine_ctas) return std::min(c.combine_ctas, sms / local);
         const int64_t pieces = (moe::combine_row_lines(Hp) + 3) / 4;
-        return std::clamp<int64_t>(1 + (c.M * pieces + moe::kSumWarps / 4 - 1) / (moe::kSumWarps / 4), 1, std::max(1, sms / local));
+        return std::clamp<int64_t>(1 + (c.M * pieces + 3) / 4, 1, std::max(1, sms / local));
     }
 
     void enqueue_dispatch(int gpu, Form form) {
@@ -618,7 +630,7 @@ class Group {
         const int64_t chunks = (Hp + 2047) / 2048, rows = std::min<int64_t>(c.M * chunks, 2 * sms);
         const bool lines = c.wire == moe::kLines;
         if (form == kFused && (lines || c.R == 1)) {
-            run(gpu, lines ? moe_combine_lines : moe_combine_local, combine_ctas(), moe::kSumThreads, true);
+            run(gpu, lines ? moe_combine_lines : moe_combine_local, combine_ctas(), moe::kSumThreads, true, lines ? kCombineBytes : 0);
         } else if (lines) {
             run(gpu, moe_combine_send_lines, combine_ctas(), moe::kSumThreads, true);
             run(gpu, moe_combine_recv_lines, combine_ctas(), moe::kSumThreads, true);
@@ -661,7 +673,7 @@ class Group {
         k.d_ids = alloc<int32_t>(k, tk), k.all_ids = alloc<int32_t>(k, tk * c.variants);
         k.d_weights = alloc<float>(k, tk), k.all_weights = alloc<float>(k, tk * c.variants);
         k.d_hidden = alloc<uint16_t>(k, th), k.all_hidden = alloc<uint16_t>(k, th * c.variants);
-        k.d_out = alloc<uint16_t>(k, th), k.all_out = alloc<uint16_t>(k, th * c.variants);
+        k.d_out = alloc<uint8_t>(k, out_bytes()), k.all_out = alloc<uint8_t>(k, out_bytes() * c.variants);
         k.error = pinned<moe::ErrorRecord>(1), k.counters = pinned<moe::SoftCounters>(1), k.stats = pinned<moe::PeerStats>(c.R);
         k.received_rows = pinned<uint64_t>(static_cast<size_t>(c.R) * L), k.received.assign(static_cast<size_t>(c.R) * L, 0);
         d.received_rows = k.received_rows, d.received_totals = alloc<uint64_t>(k, static_cast<size_t>(c.R) * L);
@@ -769,6 +781,7 @@ void fuzz(int gpus, double budget) {
         // why not with ranks that share a GPU and wait for each other's CTAs by flags: see docs/ordering.md
         c.one_cta = round / n % 3 == 1;
         c.variants = 16;
+        c.f32 = (round / 4 + round) % 2 == 1;
         c.timeout_ns = 3000000000ull;
         Group group(c);
         for (int i = 0; i < 6 && seconds_since(start) < budget; i++) {
@@ -979,49 +992,131 @@ double time_config(Config c, int tokens, Form form) {
         group.use_variant(g, 0);
         CHECK_CUDA(cudaStreamSynchronize(group.streams[g]));
     }
-    const double us = time_pair(group, form, 24);
+    if (std::getenv("FILL")) group.poison(std::strtoul(std::getenv("FILL"), nullptr, 16));
+    static const int launches = std::getenv("EP_LAUNCHES") ? std::atoi(std::getenv("EP_LAUNCHES")) : 24;
+    const double us = time_pair(group, form, launches);
     for (int r = 0; r < c.R; r++) expect(group.ranks[r].error->code == 0, "timing " + c.text() + " " + group.record(r));
     return us;
 }
 
 #ifdef MOE_TRACE
-// Cycles after the wait for the kernel before, of the last pair of a graph of 16: of each warp of the first CTA,
-// and the median and the latest of the other CTAs' warps.
-void trace_dispatch(int gpus, int ctas) {
-    for (int T : {1, 8, 128}) {
-        Config c;
-        c.G = c.R = gpus, c.K = 8, c.E = 256, c.H = 7168, c.M = T, c.wire = moe::kLines;
-        c.direct = true, c.pairs = 16, c.variants = 1, c.dispatch_ctas = ctas;
-        Group group(c);
-        for (int g = 0; g < c.G; g++) {
-            use(g);
-            group.make_inputs(g, 11, 0, T), group.use_variant(g, 0);
-            CHECK_CUDA(cudaStreamSynchronize(group.streams[g]));
-        }
+// Cycles, of the last dispatch and combine of a graph of 16 pairs, on one GPU: each CTA's after its own wait for the
+// kernel before; and the end of the kernel before on the same multiprocessor, before that wait.
+// tail: a dispatch more, so that the kernel before it is a combine.
+void trace_case(int gpus, int H, int E, int T, bool tail) {
+    Config c;
+    c.G = c.R = gpus, c.K = 8, c.E = E, c.H = H, c.M = T, c.wire = moe::kLines;
+    c.direct = true, c.pairs = 16, c.variants = 1, c.tail = tail;
+    Group group(c);
+    for (int g = 0; g < c.G; g++) {
+        use(g);
+        group.make_inputs(g, 11, 0, T), group.use_variant(g, 0);
+        CHECK_CUDA(cudaStreamSynchronize(group.streams[g]));
+    }
+    if (tail) {
+        for (int g = 0; g < c.G; g++) use(g), group.launch(g, kFused);
+        for (int g = 0; g < c.G; g++) group.end(g);
+    } else {
         time_pair(group, kFused, 8);
-        use(0);
-        static long long at[256][16][moe::kTracePoints];
-        CHECK_CUDA(cudaMemcpyFromSymbol(at, moe::g_dispatch_trace, sizeof at));
-        std::printf("trace H 7168 T %d, %lld CTAs\n", T, static_cast<long long>(group.dispatch_ctas()));
-        for (int w = 0; w < 16; w++) {
-            std::printf("  ids warp %2d:", w);
-            for (int i = 1; i < moe::kTracePoints; i++) std::printf(" %6lld", at[0][w][i] - at[0][w][0]);
-            std::printf("\n");
-        }
-        for (int i : {11, 12, 13, 10, 1, 3, 2, 4, 9}) {
-            std::vector<double> all;
-            for (int b = 1; b < group.dispatch_ctas(); b++) {
-                for (int w = 0; w < 16; w++) all.push_back(at[b][w][i] - at[b][w][0]);
+    }
+    use(0);
+    static long long at[2][160][32][moe::kTracePoints];
+    CHECK_CUDA(cudaMemcpyFromSymbol(at, moe::g_trace, sizeof at));
+    const int ctas[2] = {static_cast<int>(group.dispatch_ctas()), static_cast<int>(group.combine_ctas())};
+    const int next = tail ? 0 : 1;  // the kernel that came last
+    std::printf("trace H %d T %d, %d and %d CTAs; the last is %s\n", H, T, ctas[0], ctas[1], next ? "combine" : "dispatch");
+    auto print = [](const char* name, std::vector<double> v) {
+        if (v.empty()) return;
+        std::sort(v.begin(), v.end());
+        std::printf("  %-44s %7.0f %7.0f %7.0f %7.0f\n", name, v[0], v[v.size() / 2], v[v.size() * 9 / 10], v.back());
+    };
+    std::printf("  %-44s %7s %7s %7s %7s\n", "cycles", "first", "median", "90 %", "last");
+    const struct { int kernel, point; bool ids; const char* name; } points[] = {
+        {0, 11, false, "dispatch: rows: start"}, {0, 13, false, "  here"}, {0, 10, false, "  before the wait"}, {0, 1, false, "  loads"},
+        {0, 3, false, "  last piece out"}, {0, 2, false, "  sent"}, {0, 4, false, "  last of peers' rows"}, {0, 9, false, "  end"},
+        {0, 11, true, "dispatch: ids: start"}, {0, 13, true, "  here"}, {0, 10, true, "  before the wait"}, {0, 1, true, "  loads"},
+        {0, 14, true, "  first line out"}, {0, 2, true, "  own out, bits"}, {0, 4, true, "  peers' ids"}, {0, 5, true, "  bits"}, {0, 6, true, "  all bits"}, {0, 7, true, "  offsets"},
+        {0, 8, true, "  lists"}, {0, 9, true, "  end"},
+        {1, 11, false, "combine: start"}, {1, 10, false, "  before the wait"}, {1, 1, false, "  loads"}, {1, 5, false, "  first line sent"},
+        {1, 2, false, "  last line sent"}, {1, 6, false, "  first own share"}, {1, 3, false, "  last own share, or last sent"}, {1, 4, false, "  last of peers' lines"}, {1, 9, false, "  end"},
+    };
+    for (const auto& k : points) {
+        std::vector<double> all;
+        for (int b = 0; b < ctas[k.kernel]; b++) {
+            if (k.kernel == 0 && (b == 0) != k.ids) continue;
+            if (k.kernel == 1 && b == ctas[1] - 1) continue;
+            for (int w = 0; w < 32; w++) {
+                if (at[k.kernel][b][w][k.point]) all.push_back(at[k.kernel][b][w][k.point] - at[k.kernel][b][w][0]);
             }
-            std::printf("  rows, point %d: median %.0f, latest %.0f\n", i, median(all), *std::max_element(all.begin(), all.end()));
+        }
+        print(k.name, all);
+    }
+    std::vector<double> ends, starts;
+    for (int b = 0; b < ctas[next]; b++) {
+        for (int a = 0; a < ctas[1 - next]; a++) {
+            if (at[next][b][0][moe::kTraceMultiprocessor] != at[1 - next][a][0][moe::kTraceMultiprocessor]) continue;
+            long long end = 0;
+            for (int w = 0; w < 32; w++) end = std::max(end, at[1 - next][a][w][9]);
+            ends.push_back(end - at[next][b][0][0]), starts.push_back(at[next][b][0][11] - end);
         }
     }
+    print("the one before: end, before this one's wait", ends);
+    print("from there to this one's start", starts);
+    for (int w = 0; w < 16 && tail; w++) {
+        std::printf("  ids warp %2d:", w);
+        for (int i : {1, 14, 2, 3, 4, 5, 6, 7, 8, 9}) std::printf(" %6lld", at[0][0][w][i] - at[0][0][w][0]);
+        std::printf("\n");
+    }
+}
+
+void trace_all(int gpus) {
+    for (int T : {1, 128}) {
+        for (bool tail : {false, true}) trace_case(gpus, 7168, 256, T, tail);
+    }
+    for (bool tail : {false, true}) trace_case(gpus, 2048, 128, 128, tail);
 }
 #endif
 
+// Numbers of CTAs of both kernels at T 128, nothing between.
+void time_grids(int gpus) {
+    for (const auto& k : {std::pair{7168, 256}, std::pair{2048, 128}}) {
+        std::printf("H %d T 128, us per pair; down: CTAs of dispatch; across: of combine\n     ", k.first);
+        const std::vector<int> of_combine = {96, 112, 124, 132};
+        for (int e : of_combine) std::printf(" %6d", e);
+        for (int d : {48, 64, 80, 96, 112, 132}) {
+            std::printf("\n%4d:", d);
+            for (int e : of_combine) {
+                Config c;
+                c.G = c.R = gpus, c.K = 8, c.E = k.second, c.H = k.first, c.M = 128, c.wire = moe::kLines;
+                c.empty = c.direct = true, c.dispatch_ctas = d, c.combine_ctas = e;
+                std::printf(" %6.2f", time_config(c, 128, kFused));
+            }
+        }
+        std::printf("\n");
+        std::fflush(stdout);
+    }
+}
+
+const struct { int H, E, T; } kPairs[] = {{7168, 256, 1}, {7168, 256, 8}, {7168, 256, 32}, {7168, 256, 128},
+                                          {2048, 128, 1}, {2048, 128, 32}, {2048, 128, 128}};
+
+// Pairs with nothing between, in turns: to compare builds.
+void time_direct(int gpus) {
+    for (int turn = 0; turn < 4; turn++) {
+        std::printf("%s", turn % 2 ? "f32   " : "bf16  ");
+        for (const auto& k : kPairs) {
+            Config c;
+            c.G = c.R = gpus, c.K = 8, c.E = k.E, c.H = k.H, c.M = k.T, c.wire = moe::kLines, c.empty = c.direct = true;
+            c.f32 = turn % 2;
+            std::printf("%s%.2f", &k == kPairs ? "" : "  ", time_config(c, k.T, kFused));
+        }
+        std::printf("\n");
+        std::fflush(stdout);
+    }
+}
+
 void time_pairs(int gpus) {
-    const struct { int H, E, T; } cases[] = {{7168, 256, 1}, {7168, 256, 8}, {7168, 256, 32}, {7168, 256, 128},
-                                             {2048, 128, 1}, {2048, 128, 32}, {2048, 128, 128}};
+    const auto& cases = kPairs;
     std::printf("us per pair, graph of 16, K 8, M = T: nothing between; an empty kernel; one of 10,000 cycles; M 128, an empty kernel\n");
     for (int R : {gpus, 1}) {
         for (const auto& k : cases) {
@@ -1103,13 +1198,25 @@ int main(int argc, char** argv) {
         }
     }
     std::printf("%s on %d GPUs\n", mode.c_str(), gpus);
+    for (int g = 0; g < gpus; g++) {
+        use(g);
+        CHECK_CUDA(cudaFuncSetAttribute(moe_combine_lines, cudaFuncAttributeMaxDynamicSharedMemorySize, kCombineBytes));
+    }
+    if (std::getenv("CARVE")) {
+        for (int g = 0; g < gpus; g++) {
+            use(g);
+            for (auto k : {moe_dispatch_lines, moe_combine_lines}) CHECK_CUDA(cudaFuncSetAttribute(k, cudaFuncAttributePreferredSharedMemoryCarveout, std::atoi(std::getenv("CARVE"))));
+        }
+    }
     if (mode == "fuzz") fuzz(gpus, budget);
     else if (mode == "faults") faults(gpus);
     else if (mode == "time") time_all(gpus, false, false);
     else if (mode == "sweep") time_all(gpus, true, false);
     else if (mode == "pairs") time_pairs(gpus);
+    else if (mode == "direct") time_direct(gpus);
+    else if (mode == "grids") time_grids(gpus);
 #ifdef MOE_TRACE
-    else if (mode == "trace") trace_dispatch(gpus, argc > 2 ? std::atoi(argv[2]) : 0);
+    else if (mode == "trace") trace_all(gpus);
 #endif
     else if (mode == "sizes") time_all(gpus, false, true);
     std::printf("%s: %ld checks, %d failed\n", g_failed ? "FAILED" : "ok", g_checked.load(), g_failed.load());

@@ -167,8 +167,9 @@ struct LanePart {
     int word;
     bool tail;  // the last of the line: two words and the epoch
 
-    __device__ __forceinline__ explicit LanePart(int piece) {
-        const int lane = threadIdx.x % 32;
+    __device__ __forceinline__ explicit LanePart(int piece) : LanePart(piece, static_cast<int>(threadIdx.x)) {}
+    __device__ __forceinline__ LanePart(int piece, int thread) {
+        const int lane = thread % 32;
         const int line = piece * kWarpLines + lane / kLanesPerLine;
         const int part = lane % kLanesPerLine;
         byte = line * kLineBytes + part * 16;

@@ -17,15 +17,18 @@
 #include "../comm/lines.cuh"
 #include "../comm/publish.cuh"
 #include "../comm/signal.cuh"
+#include "../comm/trace.cuh"
 #include "../layout/foreign.cuh"
 #include "../ptx/cp_async.cuh"
 #include "../ptx/grid_dependency.cuh"
 
 namespace moe {
 
-constexpr int kSumThreads = 512;
+// why 19 warps: those of an SM wait for each other's sums less than for memory, so more are faster, as long as
+// nothing spills and a block's rows fit its shared memory
+constexpr int kSumThreads = 608;
 constexpr int kSumWarps = kSumThreads / 32;
-constexpr int kRowsAtOnce = 5;  // of a slot's experts that a warp has in shared memory
+constexpr int kRowsAtOnce = 4;  // of a slot's experts that a warp has in shared memory
 
 // Divides units, which are below 2^32 / divisor, by a number that no step changes.
 struct UnitDivider {
@@ -395,27 +398,51 @@ __device__ __forceinline__ bool add_ranks(const StepParams& p, const Here& me, i
     }
 }
 
-// A piece of out, from the sum over the ranks. plain: whole vectors of bf16 and nothing to add.
+// How pieces of out are stored.
+enum OutForm {
+    kOutOther,  // finish_piece does
+    kOutBF16,   // whole vectors, nothing to add
+    kOutF32
+};
+
+__device__ __forceinline__ OutForm out_form(const StepParams& p, const Here& me) {
+    if (me.shared_out != nullptr || me.accumulate != 0 || !rows_are_vectors(me.out, p.hidden, p.out_dtype)) {
+        return kOutOther;
+    }
+    return p.out_dtype == kBF16 ? kOutBF16 : p.out_dtype == kF32 ? kOutF32 : kOutOther;
+}
+
+// A piece of out, from the sum over the ranks.
 template <bool kPeers>
 __device__ __forceinline__ void store_out(const StepParams& p, const Here& me, int token, int at,
-                                          const ResultPiece<kPeers>& piece, const PieceSum& sum, bool plain) {
-    if (!plain) {
+                                          const ResultPiece<kPeers>& piece, const PieceSum& sum, OutForm form) {
+    if (form == kOutOther) {
         finish_piece<kPeers>(p, me, token, at, sum);
         return;
     }
     // why only where a vector begins: a row of whole vectors ends with one
     const int column = 2 * piece.word;
-    uint16_t* to = static_cast<uint16_t*>(me.out) + static_cast<int64_t>(token) * p.hidden + column;
-    const uint4 v = pack_bf16(sum.v);
     if (!piece.inside || column >= p.hidden) {
         return;
     }
+    const int64_t index = static_cast<int64_t>(token) * p.hidden + column;
+    const bool both = !piece.tail && column + 4 < p.hidden;
+    if (form == kOutF32) {
+        float4* to = reinterpret_cast<float4*>(static_cast<float*>(me.out) + index);
+        to[0] = make_float4(sum.v[0], sum.v[1], sum.v[2], sum.v[3]);
+        if (both) {
+            to[1] = make_float4(sum.v[4], sum.v[5], sum.v[6], sum.v[7]);
+        }
+        return;
+    }
+    uint16_t* to = static_cast<uint16_t*>(me.out) + index;
+    const uint4 v = pack_bf16(sum.v);
     if (!kPeers) {
         *reinterpret_cast<uint4*>(to) = v;
         return;
     }
     *reinterpret_cast<uint2*>(to) = make_uint2(v.x, v.y);
-    if (!piece.tail && column + 4 < p.hidden) {
+    if (both) {
         *reinterpret_cast<uint2*>(to + 4) = make_uint2(v.z, v.w);
     }
 }
@@ -492,6 +519,9 @@ struct CombineShared {
 template <bool kPeers, bool kSend, bool kRecv>
 __device__ __forceinline__ void combine(const StepParams& p, CombineShared& shared) {
     constexpr bool kSends = kPeers && kSend;
+    auto trace = [](int point) { trace_point(kTraceCombine, point); };
+    trace_start(kTraceCombine);
+    trace(11);
     // why here: the next step's dispatch needs a microsecond before it can use what this one frees. It is the
     // host that knows whether its blocks could keep out a kernel that a peer waits for.
     if (kSend && kRecv && p.early_next != 0) {
@@ -529,11 +559,13 @@ __device__ __forceinline__ void combine(const StepParams& p, CombineShared& shar
     int unit = sends ? warp : warp - senders;
     int token, source, at;
     locate(unit, token, source, at);
-    const bool plain = me.shared_out == nullptr && me.accumulate == 0 && p.out_dtype == kBF16 &&
-                       rows_are_vectors(me.out, p.hidden, kBF16);
+    const OutForm form = out_form(p, me);
+    trace(10);
     ptx::wait_for_previous_grid();
+    trace(0);
     if (blockIdx.x == gridDim.x - 1) {
         tell_of_step<kPeers, kSend, kRecv>(p, me);
+        trace(9);
         if (gridDim.x > 1) {
             return;
         }
@@ -552,6 +584,7 @@ __device__ __forceinline__ void combine(const StepParams& p, CombineShared& shar
     if (__any_sync(0xffffffffu, fault)) {
         return;
     }
+    trace(1);
     const int units = (sends ? min(tokens.most(), p.max_tokens) : uniform(home_tokens)) * sources * pieces;
     WeightedPiece<kPeers> weighted(p, me, shared.staged[warp_of_cta]);
     if (kSend && unit < units) {
@@ -580,6 +613,8 @@ __device__ __forceinline__ void combine(const StepParams& p, CombineShared& shar
         } else if (is_member(ranks, me.rank)) {
             row = piece.load(p, mine.combine_row(mine.slot(me.rank, token)));
         }
+        trace(3);
+        if (unit < stride) trace(sends ? 5 : 6);
         // The next unit's rows come while this one's are sent or waited for
         if (kSend && another) {
             next.id = !sends || next_token < tokens.of(next_source) ? next.id : -1;
@@ -591,16 +626,19 @@ __device__ __forceinline__ void combine(const StepParams& p, CombineShared& shar
             } else if (has) {
                 store_lines(Lines(p, me, source).result(me.rank, token) + piece.byte,
                             with_epoch(row, piece.tail, epoch), piece.inside);
+                trace(2);
             }
         } else if (kRecv) {
             PieceSum sum = {{0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f}};
             if (!add_ranks<kPeers, kSend>(p, me, token, piece, epoch, uniform(ranks), row, lines, sum.v)) {
                 return;
             }
-            store_out<kPeers>(p, me, token, at, piece, sum, plain);
+            trace(4);
+            store_out<kPeers>(p, me, token, at, piece, sum, form);
         }
         ranks = next_ranks, token = next_token, source = next_source, at = next_at;
     }
+    trace(9);
 }
 
 }  // namespace moe

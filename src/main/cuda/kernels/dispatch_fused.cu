@@ -15,23 +15,13 @@
 #include "../comm/lines.cuh"
 #include "../comm/publish.cuh"
 #include "../comm/signal.cuh"
+#include "../comm/trace.cuh"
 #include "../layout/foreign.cuh"
 #include "../ptx/grid_dependency.cuh"
 
 namespace moe {
 
-// Trace points, for measurements with ep_main trace: clock of a warp's first lane.
-#ifdef MOE_TRACE
-constexpr int kTracePoints = 14;
-__device__ long long g_dispatch_trace[256][16][kTracePoints];
-__device__ __forceinline__ void trace(int point) {
-    if (threadIdx.x % 32 == 0) {
-        g_dispatch_trace[blockIdx.x][threadIdx.x / 32][point] = clock64();
-    }
-}
-#else
-__device__ __forceinline__ void trace(int) {}
-#endif
+__device__ __forceinline__ void trace(int point) { trace_point(kTraceDispatch, point); }
 
 constexpr int kFusedThreads = 512;
 constexpr int kFusedWarps = kFusedThreads / 32;
@@ -41,8 +31,8 @@ constexpr int kCachedLines = 128;    // of ids, of all sources
 constexpr int kStagedRows = 4096;    // rows of all lists
 constexpr int kFewRows = 256;        // which are not worth a barrier more
 constexpr int kLocalExperts = 1024;  // most experts of a rank
-constexpr int kPiecesInFlight = 2;   // of a warp that has several
-constexpr int kUnpackedAtOnce = 3;   // four spill
+constexpr int kPiecesInFlight = 1;   // of a warp that sends several
+constexpr int kUnpackedAtOnce = 2;
 constexpr int kEagerTokens = 128;    // whose rows are read before T is known
 
 // What a dispatch kernel takes its tokens from: the caller's ids if it sanitises, else route's.
@@ -171,8 +161,8 @@ struct RowLane {
     int words;   // of the columns of a row
     int bytes;   // of the lines of a row
 
-    __device__ __forceinline__ RowLane(const StepParams& p, const Here& me) {
-        const LanePart part(0);
+    __device__ __forceinline__ RowLane(const StepParams& p, const Here& me, int thread) {
+        const LanePart part(0, thread);
         header = header_words(p.top_k);
         word = part.word - header;
         byte = part.byte;
@@ -233,7 +223,7 @@ __device__ __forceinline__ void keep_home(const StepParams& p, const Here& me, c
 
 // Several ranks: rows to the ranks of their experts, own slots plainly, others in lines. mover of movers warps.
 template <bool kFused, bool kWhole, int kAtOnce>
-__device__ __forceinline__ HomeTokens send_rows(const StepParams& p, const Here& me, int mover, int movers) {
+__device__ __forceinline__ void send_rows(const StepParams& p, const Here& me, int mover, int movers) {
     const int lane = threadIdx.x % 32;
     // why copies: behind a store the compiler has to read shared memory again
     const Divider by = me.by_row_pieces;
@@ -241,7 +231,7 @@ __device__ __forceinline__ HomeTokens send_rows(const StepParams& p, const Here&
     const int pieces = by.divisor;
     const int top_k = p.top_k;
     const int my_rank = me.rank;
-    const RowLane part(p, me);
+    const RowLane part(p, me, static_cast<int>(threadIdx.x));
     const bool caller = kFused && p.routing_input == kTopK;
     const int32_t* ids = ptx::global(caller ? me.topk_ids : me.home_ids);
     const float* weights = ptx::global(caller ? me.topk_weights : me.home_weights);
@@ -355,7 +345,7 @@ __device__ __forceinline__ HomeTokens send_rows(const StepParams& p, const Here&
             }
         }
         if (next >= units) {
-            return home;
+            return;
         }
         base = next;
         place();
@@ -365,26 +355,28 @@ __device__ __forceinline__ HomeTokens send_rows(const StepParams& p, const Here&
 // What has come from the peers, to the slots of this rank. A warp looks at the ids of a token and at a
 // piece of its row together; a token without an expert here has no row.
 template <int kAtOnce>
-__device__ __forceinline__ void unpack_rows(const StepParams& p, const Here& me, const HomeTokens& home,
-                                            int mover, int movers) {
-    const int lane = threadIdx.x % 32;
-    const Divider by = me.by_row_pieces;
-    const Divider by_line = me.by_ids_per_line;
-    const int pieces = by.divisor;
+__device__ __forceinline__ void unpack_rows(const StepParams& p, const Here& me, const HomeTokens& home) {
+    // why hidden from the compiler: what it has found out to send rows it would hold in registers until here
+    int thread = static_cast<int>(threadIdx.x);
+    int ctas = static_cast<int>(gridDim.x);
+    asm volatile("" : "+r"(thread), "+r"(ctas));
+    const int lane = thread % 32;
+    const int rows_ctas = max(ctas - 1, 1);
+    const int mover = thread / 32 * rows_ctas + max(static_cast<int>(blockIdx.x) - 1, 0);
+    const int movers = rows_ctas * kFusedWarps;
+    const int pieces = me.by_row_pieces.divisor;
     const int my_rank = me.rank;
     const int top_k = p.top_k;
     const int peers = p.num_ranks - 1;
     if (peers == 0) {
         return;  // a layer of a group runs once over its own rank alone, when it opens
     }
-    const int each = me.ids_per_line;
-    const int64_t source_bytes = me.source_bytes;
-    const RowLane part(p, me);
+    const RowLane part(p, me, thread);
     const Symmetric mine = me.own(p);
-    const uint8_t* ids_lines = me.regions[my_rank] + p.off_dispatch_lines + lane * 4;
-    const uint8_t* row_lines = me.regions[my_rank] + Lines::row_offset(p, me, 0, 0) + part.byte;
+    // Places are numbers of lines. why not addresses: those take two registers each
+    const uint8_t* lines = me.regions[my_rank] + p.off_dispatch_lines;
+    const int source_lines = me.id_line_count + p.max_tokens * me.row_lines;
     __nv_bfloat16* rows = mine.recv_row(0);
-    float* weights = ptx::global(mine.recv_weights(0));
     const uint32_t first_expert = my_rank * p.experts_per_rank;
     const uint32_t local_experts = me.local_experts;
     // Units (token, piece) one after another, each for all peers
@@ -394,25 +386,21 @@ __device__ __forceinline__ void unpack_rows(const StepParams& p, const Here& me,
     int idle = 0;
 #pragma unroll 1
     while (unit_next < per_peer) {
-        const uint8_t* ids_at[kAtOnce];
-        const uint8_t* row_at[kAtOnce];
         uint32_t ids[kAtOnce];  // a word of the line in each lane
         uint4 words[kAtOnce];
+        int ids_line[kAtOnce];
+        int row_line[kAtOnce];
         int source[kAtOnce];
         int token[kAtOnce];
         int piece[kAtOnce];
-        int from[kAtOnce];  // the token's first entry in its line
         uint32_t pending = 0;
 #pragma unroll
         for (int i = 0; i < kAtOnce; i++) {
             source[i] = peer_next < my_rank ? peer_next : peer_next + 1;
-            token[i] = by.quotient(unit_next);
+            token[i] = me.by_row_pieces.quotient(unit_next);
             piece[i] = unit_next - token[i] * pieces;
-            const int line = by_line.quotient(token[i]);
-            from[i] = (token[i] - line * each) * top_k;
-            ids_at[i] = ids_lines + source[i] * source_bytes + line * kLineBytes;
-            row_at[i] = row_lines + source[i] * source_bytes + static_cast<int64_t>(token[i]) * part.bytes +
-                        piece[i] * (kWarpLines * kLineBytes);
+            ids_line[i] = source[i] * source_lines + me.by_ids_per_line.quotient(token[i]);
+            row_line[i] = source[i] * source_lines + me.id_line_count + token[i] * me.row_lines + piece[i] * kWarpLines;
             pending |= unit_next < per_peer && is_member(home.members, source[i]) ? 1u << i : 0;
             peer_next++;
             if (peer_next == peers) {
@@ -428,8 +416,9 @@ __device__ __forceinline__ void unpack_rows(const StepParams& p, const Here& me,
             for (int i = 0; i < kAtOnce; i++) {
                 if (pending >> i & 1) {
                     __syncwarp();
-                    ids[i] = ptx::load_line_word_sys(ids_at[i]);
-                    load_lines(words[i], row_at[i], part.inside(piece[i]));
+                    ids[i] = ptx::load_line_word_sys(lines + static_cast<int64_t>(ids_line[i]) * kLineBytes + lane * 4);
+                    load_lines(words[i], lines + static_cast<int64_t>(row_line[i]) * kLineBytes + part.byte,
+                               part.inside(piece[i]));
                 }
             }
             bool late = false;
@@ -452,6 +441,7 @@ __device__ __forceinline__ void unpack_rows(const StepParams& p, const Here& me,
                         part.store(rows + slot * p.hidden_pad, piece[i], words[i]);
                     }
                     if (piece[i] == 0 && part.word < 0) {
+                        float* weights = ptx::global(mine.recv_weights(0));
                         const uint32_t header[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
 #pragma unroll
                         for (int j = 0; j < 4; j++) {
@@ -467,7 +457,8 @@ __device__ __forceinline__ void unpack_rows(const StepParams& p, const Here& me,
                     static_cast<uint64_t>(__shfl_sync(0xffffffffu, ids[i], 31)) << 32 | __shfl_sync(0xffffffffu, ids[i], 30);
                 if (ids_epoch == home.epoch) {
                     const int tokens = static_cast<int>(__shfl_sync(0xffffffffu, ids[i], 0));
-                    const int h = 2 * (lane - 1) - from[i];  // of the token's entries
+                    const int first = (token[i] - me.by_ids_per_line.quotient(token[i]) * me.ids_per_line) * top_k;
+                    const int h = 2 * (lane - 1) - first;  // of the token's entries
                     const bool named =
                         lane >= 1 && lane < kLineWords &&
                         ((h >= 0 && h < top_k && (ids[i] & 0xffff) - first_expert < local_experts) ||
@@ -828,12 +819,15 @@ struct LinesShared {
 
 // How the lists of a rank are built; no step changes it.
 struct ListPlan {
-    int words;     // of 32 slots, for each expert
+    // Words of 32 slots, for each expert.
+    __device__ __forceinline__ static int words_of(const StepParams& p) {
+        return (p.num_ranks * p.max_tokens + 31) / 32;
+    }
     int batch;     // so many experts at once, a thread each
     bool at_once;  // all of them, with all lines in shared memory
 
     __device__ __forceinline__ ListPlan(const StepParams& p, int id_line_count) {
-        words = (p.num_ranks * p.max_tokens + 31) / 32;
+        const int words = words_of(p);
         at_once = p.experts_per_rank <= kFusedThreads && p.experts_per_rank * words <= kListBits &&
                   p.num_ranks * id_line_count <= kCachedLines;
         batch = p.experts_per_rank;
@@ -920,18 +914,19 @@ struct IdLane {
     }
 };
 
-// Lines of the peers' ids, of which this warp has every 16th. False: one did not come.
+// Lines of the peers' ids, dealt to the warps. False: one did not come.
 template <int kAtOnce>
 __device__ __forceinline__ bool peer_lines(const StepParams& p, const Here& me, const HomeTokens& home,
                                            LinesShared& shared, const ListPlan& plan, const IdLane& ids) {
-    const Divider by = me.by_id_lines;
     const int my_rank = me.rank;
     const int peers = p.num_ranks - 1;
     const int64_t source_bytes = me.source_bytes;
     const uint8_t* lines = me.regions[my_rank] + p.off_dispatch_lines + ids.lane * 4;
     const int all = peers * ids.line_count;
     // Warps behind those that had own lines
-    int next = (static_cast<int>(threadIdx.x / 32) - ids.line_count) & (kFusedWarps - 1);
+    const int own = ids.line_count % kFusedWarps;
+    int next = static_cast<int>(threadIdx.x / 32) - own;
+    next += next < 0 ? kFusedWarps : 0;
 #pragma unroll 1
     for (; next < all; next += kAtOnce * kFusedWarps) {
         uint32_t words[kAtOnce];
@@ -941,7 +936,7 @@ __device__ __forceinline__ bool peer_lines(const StepParams& p, const Here& me, 
 #pragma unroll
         for (int i = 0; i < kAtOnce; i++) {
             const int item = next + i * kFusedWarps;
-            const int peer = by.quotient(item);
+            const int peer = me.by_id_lines.quotient(item);
             source[i] = peer < my_rank ? peer : peer + 1;
             line[i] = item - peer * ids.line_count;
             pending |= item < all && is_member(home.members, source[i]) ? 1u << i : 0;
@@ -991,15 +986,16 @@ __device__ __forceinline__ bool peer_lines(const StepParams& p, const Here& me, 
 
 // Sums of a batch of experts, from their bits: rows before each word, counts, and offsets from first_row on.
 // Ends with a barrier.
-__device__ __forceinline__ void sum_bits(const Here& me, LinesShared& shared, const ListPlan& plan, int begin,
+__device__ __forceinline__ void sum_bits(const StepParams& p, const Here& me, LinesShared& shared, const ListPlan& plan, int begin,
                                         int experts, int first_row) {
     const int e = threadIdx.x;
     int32_t* counts = ptx::global(me.expert_counts + begin);
     int32_t* offsets = ptx::global(me.expert_offsets + begin);
     int count = 0;
     if (e < experts) {
+        const int words = ListPlan::words_of(p);
 #pragma unroll 4
-        for (int w = 0; w < plan.words; w++) {
+        for (int w = 0; w < words; w++) {
             shared.before[w * plan.batch + e] = static_cast<uint16_t>(count);
             count += __popc(shared.bits[w * plan.batch + e]);
         }
@@ -1034,7 +1030,7 @@ __device__ __forceinline__ void write_lists_in_batches(const StepParams& p, cons
     int rows = 0;
     for (int begin = 0; begin < p.experts_per_rank; begin += plan.batch) {
         const int experts = min(plan.batch, p.experts_per_rank - begin);
-        for (int i = threadIdx.x; i < plan.words * plan.batch; i += kFusedThreads) {
+        for (int i = threadIdx.x; i < ListPlan::words_of(p) * plan.batch; i += kFusedThreads) {
             shared.bits[i] = 0;
         }
         __syncthreads();
@@ -1054,7 +1050,7 @@ __device__ __forceinline__ void write_lists_in_batches(const StepParams& p, cons
             atomicOr(shared.bits + number / 32 * plan.batch + local, 1u << number % 32);
         });
         __syncthreads();
-        sum_bits(me, shared, plan, begin, experts, rows);
+        sum_bits(p, me, shared, plan, begin, experts, rows);
         each_entry([&](int slot, int local, int64_t at) {
             write_entry(me.expert_rows, me.packed_row_of, shared, plan, slot, local, at);
         });
@@ -1079,10 +1075,6 @@ __device__ __forceinline__ void clear_lists(LinesShared& shared) {
 __device__ __forceinline__ void build_lists(const StepParams& p, const Here& me, const HomeTokens& home,
                                             LinesShared& shared, const ListPlan& plan, const IdLane& lane) {
     const int warp = threadIdx.x / 32;
-    int32_t* expert_rows = ptx::global(me.expert_rows);
-    int32_t* packed_row_of = ptx::global(me.packed_row_of);
-    int32_t* recv_tokens = ptx::global(me.own(p).recv_tokens());
-    const int my_rank = me.rank;
     trace(3);
     const bool arrived = (p.num_ranks - 1) * lane.line_count <= kFusedWarps
                              ? peer_lines<1>(p, me, home, shared, plan, lane)
@@ -1094,9 +1086,12 @@ __device__ __forceinline__ void build_lists(const StepParams& p, const Here& me,
     }
     trace(6);
     ptx::allow_next_grid();
+    const int my_rank = me.rank;
     if (plan.at_once) {
-        sum_bits(me, shared, plan, 0, plan.batch, 0);
+        sum_bits(p, me, shared, plan, 0, plan.batch, 0);
         trace(7);
+        int32_t* expert_rows = ptx::global(me.expert_rows);
+        int32_t* packed_row_of = ptx::global(me.packed_row_of);
         // why staged: stores to rows far apart take a cycle each, of all warps one after another
         const int rows = shared.offsets[plan.batch];
         const bool staged = rows > kFewRows && rows <= kStagedRows;
@@ -1128,6 +1123,7 @@ __device__ __forceinline__ void build_lists(const StepParams& p, const Here& me,
     }
     if (threadIdx.x < p.num_ranks) {
         const int source = threadIdx.x;
+        int32_t* recv_tokens = ptx::global(me.own(p).recv_tokens());
         recv_tokens[source] = shared.tokens[source];
         if (source != my_rank && is_member(home.members, source)) {
             uint64_t* totals = ptx::global(me.peer_totals + source * kPeerWords);
@@ -1148,7 +1144,6 @@ __device__ __forceinline__ void index_lines(const StepParams& p, const Here& me,
     const IdLane lane(p, me);
     const int my_rank = me.rank;
     const int32_t* ids = ptx::global(kSend && kRecv && p.routing_input == kTopK ? me.topk_ids : me.home_ids);
-    int32_t* recv_tokens = ptx::global(me.own(p).recv_tokens());
     const int64_t my_lines = p.off_dispatch_lines + my_rank * me.source_bytes + lane.lane * 4;
     trace(10);
     ptx::wait_for_previous_grid();
@@ -1189,6 +1184,7 @@ __device__ __forceinline__ void index_lines(const StepParams& p, const Here& me,
                     if (is_member(home.members, rank)) {
                         __syncwarp();
                         ptx::store_line_word_sys(me.regions[rank] + my_lines + line * kLineBytes, words[i]);
+                        trace(14);
                     }
                 }
             }
@@ -1218,7 +1214,7 @@ __device__ __forceinline__ void index_lines(const StepParams& p, const Here& me,
         note_step(p, me, home);
         shared.tokens[my_rank] = home.count;
         if (kSend && !kRecv) {
-            recv_tokens[my_rank] = home.count;
+            me.own(p).recv_tokens()[my_rank] = home.count;
         }
     }
     if constexpr (kRecv) {
@@ -1258,6 +1254,7 @@ __device__ __forceinline__ void dispatch_lines(const StepParams& p, LinesShared&
     if (kSend && kRecv && blockIdx.x != 0) {
         ptx::allow_next_grid();
     }
+    trace_start(kTraceDispatch);
     trace(11);
     const bool reads_ids = blockIdx.x == 0;
     const bool moves = blockIdx.x != 0 || gridDim.x == 1;
@@ -1272,31 +1269,25 @@ __device__ __forceinline__ void dispatch_lines(const StepParams& p, LinesShared&
     const int rows_ctas = max(static_cast<int>(gridDim.x) - 1, 1);
     const int mover = static_cast<int>(threadIdx.x) / 32 * rows_ctas + max(static_cast<int>(blockIdx.x) - 1, 0);
     const int movers = rows_ctas * kFusedWarps;
-    // Each waits for the kernel before it once it knows what it will do. why two forms: with one unit a warp
-    // the code for several is only in the way
-    const int units = p.max_tokens * me.by_row_pieces.divisor;
-    HomeTokens home;
+    // Each waits for the kernel before it once it knows what it will do
     if (moves && kSend) {
         if (!rows_are_whole(p, me)) {
-            home = send_rows<kSend && kRecv, false, 1>(p, me, mover, movers);
-        } else if (units <= movers) {
-            home = send_rows<kSend && kRecv, true, 1>(p, me, mover, movers);
+            send_rows<kSend && kRecv, false, 1>(p, me, mover, movers);
         } else {
-            home = send_rows<kSend && kRecv, true, kPiecesInFlight>(p, me, mover, movers);
+            send_rows<kSend && kRecv, true, kPiecesInFlight>(p, me, mover, movers);
         }
         trace(2);
     } else if (moves) {
         ptx::wait_for_previous_grid();
-        home = home_tokens<false>(p, me);
     }
     if (reads_ids) {
         index_lines<kSend, kRecv>(p, me, shared);
     }
-    if (moves && kRecv && !home.silent) {
-        if (units * (p.num_ranks - 1) <= movers) {
-            unpack_rows<1>(p, me, home, mover, movers);
-        } else {
-            unpack_rows<kUnpackedAtOnce>(p, me, home, mover, movers);
+    if (moves && kRecv) {
+        // why read again: rows are still on their way, and held until here it would cost registers
+        const HomeTokens home = home_tokens<kSend && kRecv>(p, me);
+        if (!home.silent) {
+            unpack_rows<kUnpackedAtOnce>(p, me, home);
         }
     }
     trace(9);
