@@ -10,7 +10,7 @@
 //   ep_main time              medians of a pair in a graph of 16, maximum over GPUs
 //   ep_main sweep             the same, for several numbers of CTAs
 //   ep_main sizes             the same, and larger steps: where lines stop to pay
-//   ep_main direct            the pairs of the figures, nothing between, three times
+//   ep_main direct            the pairs of the figures, nothing between, twice each with out in bf16 and float32
 //   ep_main grids             pairs of 128 tokens for several numbers of CTAs of both kernels
 //   ep_main pairs             a few of them in two seconds, also with experts that last: combine starts beside
 //                             them, as it does beside real ones
@@ -145,8 +145,6 @@ void use(int gpu) { CHECK_CUDA(cudaSetDevice(gpu)); }
 
 int up_to(int n, int m) { return (n + m - 1) / m * m; }
 
-constexpr int kCombineBytes = 0;
-
 enum Form { kFused, kSplit, kForms };
 constexpr int kOwnThenAny = 6;  // routing: variants by turns without a row for another rank, and with any
 const char* const kFormNames[] = {"fused", "split"};
@@ -223,7 +221,7 @@ class Group {
         p.num_ranks = c.R, p.num_local_ranks = local, p.max_tokens = c.M, p.top_k = c.K, p.experts = c.E;
         p.experts_per_rank = L, p.hidden = c.H, p.hidden_pad = Hp, p.hidden_dtype = moe::kBF16, p.out_dtype = c.f32 ? moe::kF32 : moe::kBF16;
         p.routing_input = moe::kTopK, p.groups = p.topk_groups = 1, p.scale = 1, p.wire = c.wire;
-        p.early_next = local == 1 && !std::getenv("LATE");
+        p.early_next = local == 1;
         p.timeout_ns = p.first_timeout_ns = c.timeout_ns;
         p.off_dispatch_flags = place(8 * c.R), p.off_combine_flags = place(8 * c.R), p.off_abort_words = place(8 * c.R);
         p.off_recv_tokens = place(4 * c.R), p.off_recv_ids = place(4 * slots * c.K);
@@ -578,10 +576,10 @@ class Group {
 
     using Kernel = void (*)(StepParams);
 
-    void run(int gpu, Kernel kernel, int64_t ctas, int threads, bool pdl, int shared = 0) {
+    void run(int gpu, Kernel kernel, int64_t ctas, int threads, bool pdl) {
         cudaLaunchConfig_t config{};
         config.gridDim = dim3(c.one_cta ? 1 : static_cast<unsigned>(std::max<int64_t>(1, ctas)), local);
-        config.blockDim = dim3(threads), config.stream = streams[gpu], config.dynamicSmemBytes = shared;
+        config.blockDim = dim3(threads), config.stream = streams[gpu];
         cudaLaunchAttribute attribute{};
         attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attribute.val.programmaticStreamSerializationAllowed = pdl;
@@ -630,7 +628,7 @@ class Group {
         const int64_t chunks = (Hp + 2047) / 2048, rows = std::min<int64_t>(c.M * chunks, 2 * sms);
         const bool lines = c.wire == moe::kLines;
         if (form == kFused && (lines || c.R == 1)) {
-            run(gpu, lines ? moe_combine_lines : moe_combine_local, combine_ctas(), moe::kSumThreads, true, lines ? kCombineBytes : 0);
+            run(gpu, lines ? moe_combine_lines : moe_combine_local, combine_ctas(), moe::kSumThreads, true);
         } else if (lines) {
             run(gpu, moe_combine_send_lines, combine_ctas(), moe::kSumThreads, true);
             run(gpu, moe_combine_recv_lines, combine_ctas(), moe::kSumThreads, true);
@@ -992,9 +990,7 @@ double time_config(Config c, int tokens, Form form) {
         group.use_variant(g, 0);
         CHECK_CUDA(cudaStreamSynchronize(group.streams[g]));
     }
-    if (std::getenv("FILL")) group.poison(std::strtoul(std::getenv("FILL"), nullptr, 16));
-    static const int launches = std::getenv("EP_LAUNCHES") ? std::atoi(std::getenv("EP_LAUNCHES")) : 24;
-    const double us = time_pair(group, form, launches);
+    const double us = time_pair(group, form, 24);
     for (int r = 0; r < c.R; r++) expect(group.ranks[r].error->code == 0, "timing " + c.text() + " " + group.record(r));
     return us;
 }
@@ -1198,16 +1194,6 @@ int main(int argc, char** argv) {
         }
     }
     std::printf("%s on %d GPUs\n", mode.c_str(), gpus);
-    for (int g = 0; g < gpus; g++) {
-        use(g);
-        CHECK_CUDA(cudaFuncSetAttribute(moe_combine_lines, cudaFuncAttributeMaxDynamicSharedMemorySize, kCombineBytes));
-    }
-    if (std::getenv("CARVE")) {
-        for (int g = 0; g < gpus; g++) {
-            use(g);
-            for (auto k : {moe_dispatch_lines, moe_combine_lines}) CHECK_CUDA(cudaFuncSetAttribute(k, cudaFuncAttributePreferredSharedMemoryCarveout, std::atoi(std::getenv("CARVE"))));
-        }
-    }
     if (mode == "fuzz") fuzz(gpus, budget);
     else if (mode == "faults") faults(gpus);
     else if (mode == "time") time_all(gpus, false, false);

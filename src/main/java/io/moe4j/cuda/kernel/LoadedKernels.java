@@ -58,7 +58,8 @@ public final class LoadedKernels implements AutoCloseable {
     private record Flow(Map<Phase, Kernel[]> byPhase, Kernel[][][] bySpan) {}
 
     /**
-     * Measured up to here: a kernel for each phase is at most 12 % faster, with M tokens of H 2048.
+     * Measured up to here: with M tokens of H 2048 a kernel for each phase takes 150 µs in place of
+     * 193, with H 7168 419 in place of 263; with one token 31 in place of 8.
      */
     private static final int LOCAL_UP_TO = 4096;
 
