@@ -9,7 +9,7 @@ import java.util.function.IntFunction;
 
 /** Times captured graphs and launches on the device, by events. One thread. */
 final class CudaTimer {
-    /** A graph this long hides what its launch and the event behind it cost, some µs. */
+    /** A graph this long hides what its launch costs. */
     static final double GRAPH_US = 2_500;
 
     static final int MOST_ROUNDS = 64;
